@@ -282,15 +282,16 @@ def _segments(phones: list[Phone], seconds: float) -> tuple[np.ndarray, np.ndarr
     "Cores (n,2), dominances (n,8) and targets (n,8) of all phonemes and silences."
     parts = [part for phone in phones for part in _parts(phone)]
     cores, dominances, targets = [], [], []
-    def add(start, end, dominance, given, base, careless):
-        margin = .25 * (end - start)
+    def add(start, end, margin, dominance, given, base, careful):
         cores.append((start + margin, end - margin))
         targets.append([{**base, **given}[k] for k in VISEMES])
-        dominances.append([dominance * (1 if k in given else careless) for k in VISEMES])
-    for part in parts: add(part.start, part.end, *ARTICULATION[part.symbol], dict(NEUTRAL), .15)
+        dominances.append([dominance * (1 if k in given or k in careful else .15) for k in VISEMES])
+    for part in parts:
+        add(part.start, part.end, .25 * (part.end - part.start), *ARTICULATION[part.symbol], NEUTRAL, ('close', 'lip_teeth'))
     edges = [-.5] + [t for part in parts for t in (part.start, part.end)] + [seconds + .5]
     for start, end in zip(edges[::2], edges[1::2]):
-        if end - start > .03: add(start, end, min(1., (end - start) / .25) * 1.5, REST, REST, 1)
+        gap = end - start
+        if gap > .03: add(start, end, min(.25 * gap, .06), min(1., gap / .25) * 1.5, {}, REST, VISEMES)
     return np.array(cores), np.array(dominances), np.array(targets)
 
 def _imposed(times: np.ndarray, phones: list[Phone], symbols: str, held: float) -> np.ndarray:
@@ -305,6 +306,7 @@ def _imposed(times: np.ndarray, phones: list[Phone], symbols: str, held: float) 
 # %% ../../nbs/01_data/02_speech.ipynb #a7d2ab84
 def visemes(phones: list[Phone],   # what is said, seconds from the start of the clip
             frames: int,           # frames of the clip
+            reach: float = 0.,     # if the jaw stays below this peak, jaw and lips are opened more, by at most 1.4
             fps: float = FPS
            ) -> np.ndarray:        # (frames, 8) float32, channels as in VISEMES, at the centre of each frame
     "The articulation track of a clip: blended dominances, with lip closures and lip-teeth contacts imposed."
@@ -314,7 +316,8 @@ def visemes(phones: list[Phone],   # what is said, seconds from the start of the
     weights = dominances[..., None] * np.exp(-(apart[:, None] / TAU[:, None]) ** GAMMA)    # (segments, 8, frames)
     track = ((weights * targets[..., None]).sum(0) / np.maximum(weights.sum(0), 1e-12)).T
     shut, bite = _imposed(times, phones, 'pbm', .6), _imposed(times, phones, 'fv', .9)
-    close, lip_teeth = VISEMES.index('close'), VISEMES.index('lip_teeth')
+    jaw, close, lip_teeth, opening = (VISEMES.index(k) for k in ('jaw', 'close', 'lip_teeth', 'open'))
+    track[:, [jaw, opening]] *= np.clip(reach / max(track[:, jaw].max(), 1e-6), 1, 1.4 if phones else 1)
     track[:, close] = np.maximum(track[:, close] * (1 - bite), shut)
     track[:, lip_teeth] = np.maximum(track[:, lip_teeth], bite) * (1 - shut)
     return np.clip(track, -.2, 1).astype(np.float32)
