@@ -64,7 +64,8 @@ class ConvTransposeBlock(nn.Module):
     def __init__(self, cin: int, cout: int, kernel: int = 3, stride: int | tuple[int, int] = 2, padding: int = 1,
                  output_padding: int = 0):
         super().__init__()
-        self.conv_block = nn.Sequential(nn.ConvTranspose2d(cin, cout, kernel, stride, padding, output_padding), nn.BatchNorm2d(cout))
+        conv = nn.ConvTranspose2d(cin, cout, kernel, stride, padding, output_padding)
+        self.conv_block = nn.Sequential(conv, nn.BatchNorm2d(cout))
 
     def forward(self, x: Tensor) -> Tensor: return F.relu(self.conv_block(x))
 
