@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['MEAN_FACE', 'BOX_HEIGHT', 'BOX_ASPECT', 'BOX_MIDDLE', 'STABLE_POINTS', 'FAN_WEIGHTS', 'S3FD_WEIGHTS', 'Track',
-           'FaceTracker', 'mean_face', 'face_box', 'smooth_boxes', 'to_crop', 'crop_faces', 'paste_faces', 'similarity',
-           'mouth_matrices', 'mouth_crops', 'fill_tracks', 'StoredTracks', 'FaceAlignmentTracker']
+           'FaceTracker', 'mean_face', 'face_box', 'smooth_boxes', 'to_crop', 'from_crop', 'crop_faces', 'paste_faces',
+           'similarity', 'mouth_matrices', 'mouth_crops', 'fill_tracks', 'StoredTracks', 'FaceAlignmentTracker']
 
 # %% ../../nbs/01_data/05_faces.ipynb #ccebed9c
 import os
 import tempfile
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -117,6 +118,14 @@ def to_crop(landmarks: np.ndarray,  # (T,P,2) px of the frame
     "Frame coordinates to crop coordinates."
     boxes = np.asarray(boxes, np.float64)[:, None]
     return ((landmarks - boxes[..., :2])/(boxes[..., 2:] - boxes[..., :2])*size - .5).astype(np.float32)
+
+def from_crop(landmarks: np.ndarray,  # (T,P,2) px of the crop
+              boxes: np.ndarray,      # (T,4) px
+              size: int = 96          # side of the crop
+             ) -> np.ndarray:         # (T,P,2) float32 px of the frame
+    "Crop coordinates to frame coordinates: the inverse of `to_crop`."
+    boxes = np.asarray(boxes, np.float64)[:, None]
+    return (boxes[..., :2] + (landmarks + .5)/size*(boxes[..., 2:] - boxes[..., :2])).astype(np.float32)
 
 def _sample(image: np.ndarray,   # (H,W[,3]) uint8
             matrix: np.ndarray,  # (2,3) from output pixel to image pixel
@@ -323,27 +332,23 @@ def _between(keys: np.ndarray,   # (K,) frame numbers, ascending
 @dataclass
 class FaceAlignmentTracker:
     "S3FD detection on every `every`-th frame and FAN landmarks on all, by the package face-alignment."
-    device: str = 'cpu'               # where the networks run
-    every: int = 5                    # frames from one detection to the next
-    max_side: int = 640               # detection runs on frames shrunk to this
-    cache: str | Path | None = None   # folder for results, by content hash
+    device: str = field(default='cpu', repr=False)              # where the networks run
+    every: int = 5                                              # frames from one detection to the next
+    max_side: int = 640                                         # detection runs on frames shrunk to this, px
+    cache: str | Path | None = field(default=None, repr=False)  # folder for results, by content hash
 
     def check(self):
         "Raise now, and not after the first clip, if the package or its weights are missing."
         for name in (S3FD_WEIGHTS, FAN_WEIGHTS): weights_file(name, _FAN_SOURCE + name)
         require('face_alignment', 'faces')
 
-    def _network(self):
-        "The networks, built once per process."
-        if '_net' not in self.__dict__:
-            self.check(); package = require('face_alignment', 'faces')
-            with _hub_at(weights_folder()):
-                self.__dict__['_net'] = package.FaceAlignment(
-                    package.LandmarksType.TWO_D, device=self.device, compile=False, face_detector='sfd',
-                    face_detector_kwargs={'path_to_detector': str(weights_folder()/S3FD_WEIGHTS)})
-        return self.__dict__['_net']
-
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != '_net'}
+@lru_cache(maxsize=1)
+def _networks(device: str, folder: Path):
+    "Detector and landmark network, built once per process."
+    package = require('face_alignment', 'faces')
+    with _hub_at(folder):
+        return package.FaceAlignment(package.LandmarksType.TWO_D, device=device, compile=False, face_detector='sfd',
+                                     face_detector_kwargs={'path_to_detector': str(folder/S3FD_WEIGHTS)})
 
 # %% ../../nbs/01_data/05_faces.ipynb #f6c1dd9c
 def _choose(faces: list,                # (x0, y0, x1, y1, score) each
@@ -358,7 +363,7 @@ def _choose(faces: list,                # (x0, y0, x1, y1, score) each
 def _detect(tracker: FaceAlignmentTracker, video: Path) -> np.ndarray:
     "(T,4) detector boxes of every frame of `video`."
     from talkingface.data.video import stream_frames
-    detector = tracker._network().face_detector; keys, boxes, at, last, frame = [], [], 0, None, None
+    detector = _networks(tracker.device, weights_folder()).face_detector; keys, boxes, at, last, frame = [], [], 0, None, None
     def look(index, image):
         nonlocal last
         shrink = min(1., tracker.max_side/max(image.shape[:2]))
@@ -378,7 +383,8 @@ def _detect(tracker: FaceAlignmentTracker, video: Path) -> np.ndarray:
 def _find_landmarks(tracker: FaceAlignmentTracker, video: Path, boxes: np.ndarray) -> np.ndarray:
     "(T,68,2) landmarks of every frame, NaN where there is no box."
     from talkingface.data.video import stream_frames
-    landmarks = np.full((len(boxes), 68, 2), np.nan, np.float32); at = 0; network = tracker._network()
+    landmarks = np.full((len(boxes), 68, 2), np.nan, np.float32); at = 0
+    network = _networks(tracker.device, weights_folder())
     for chunk in stream_frames(video):
         for frame in chunk:
             if np.isfinite(boxes[at]).all():
@@ -394,6 +400,7 @@ def track(self: FaceAlignmentTracker, video: Path) -> Track:
     if not video.is_file(): raise InputError(f"no such file: {video}")
     kept = Path(self.cache)/f'{file_hash(video)}-fan2d-{self.every}-{self.max_side}.npz' if self.cache else None
     if kept is not None and kept.is_file(): return StoredTracks().track(kept)
+    self.check()
     landmarks = _find_landmarks(self, video, _detect(self, video))
     valid = np.isfinite(landmarks).all((1, 2))
     if kept is not None:
