@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, InputError, atomic_path
-from .video import _first, open_media
+from .video import _cut_off, _first, open_media
 
 # %% ../../nbs/01_data/01_audio.ipynb #e9e7bea6
 def to_int16(wav: np.ndarray  # (S,) in [-1,1], or int16 already
@@ -67,15 +67,19 @@ def _end_of_track(container, stream) -> float | None:
     if 'mp4' not in container.format.name or not stream.duration: return None
     return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
 
+def _zero(video) -> float | None:
+    "The time of the first picture, s; None if there is no video stream or it does not say."
+    return None if video is None or video.start_time is None else float(video.start_time * video.time_base)
+
 def _mono_blocks(container, stream):
-    "(start in seconds or None, (n,) float32, rate) of every decoded block, channels mixed down."
+    "(start in seconds or None, (n,) float32, rate) of every decoded block, channels averaged."
     import av
-    resampler = kind = None
+    converter = kind = None
     for frame in container.decode(stream):
         now = frame.format.name, frame.layout.name, frame.sample_rate
-        if now != kind: kind, resampler = now, av.AudioResampler(format='flt', layout='mono')
+        if now != kind: kind, converter = now, av.AudioResampler(format='fltp')
         start = None if frame.pts is None else float(frame.pts * frame.time_base)
-        if mixed := resampler.resample(frame): yield start, np.concatenate([m.to_ndarray()[0] for m in mixed]), frame.sample_rate
+        for part in converter.resample(frame): yield start, part.to_ndarray().mean(0, dtype=np.float32), frame.sample_rate; start = None
 
 # %% ../../nbs/01_data/01_audio.ipynb #b7c1547b
 def _timeline(blocks, zero: float | None) -> tuple[np.ndarray, int, float]:
@@ -94,18 +98,23 @@ def _timeline(blocks, zero: float | None) -> tuple[np.ndarray, int, float]:
 
 # %% ../../nbs/01_data/01_audio.ipynb #240f463f
 def load_audio(path: str | Path,              # any container, rate and number of channels
-               sample_rate: int = SAMPLE_RATE
+               sample_rate: int = SAMPLE_RATE,
+               allow_partial: bool = False    # of a damaged file, give what is readable before the damage
               ) -> np.ndarray:                # (S,) float32 in [-1,1]
     "Read the sound of a file as mono at `sample_rate`; sample 0 is at the first picture, or at the first sample if there is none."
     import av
+    path, blocks, problem = Path(path), [], ''
     with open_media(path, 'audio') as (container, stream):
-        video = _first(container, 'video')
-        zero = float(video.start_time * video.time_base) if video is not None and video.start_time is not None else None
-        end = _end_of_track(container, stream)
-        try: wav, rate, zero = _timeline(_mono_blocks(container, stream), zero)
-        except av.FFmpegError as error:
-            raise InputError(f"{path}: the sound is damaged ({error.strerror}); expected a whole file: fetch or copy it again") from error
-    if end is not None: wav = wav[:max(0, round((end - zero) * rate))]
+        zero, end = _zero(_first(container, 'video')), _end_of_track(container, stream)
+        try:
+            for block in _mono_blocks(container, stream): blocks.append(block)
+        except av.FFmpegError as error: problem = error.strerror
+        if not problem and _cut_off(path, stream): problem = 'the file is cut off'
+    wav, rate, zero = _timeline(blocks, zero)
+    if problem and not (allow_partial and len(wav)):
+        raise InputError(f"{path}: only {len(wav) / rate:.2f} s of sound could be read ({problem}); expected an undamaged file. "
+                         "Fetch or copy it again" + (", or pass allow_partial=True to use these" if len(wav) else ''))
+    if end is not None and 0 < len(wav) - (end - zero) * rate < 4096: wav = wav[:max(0, round((end - zero) * rate))]
     if not len(wav): raise InputError(f"{path}: its audio stream holds no samples; expected sound")
     if rate != sample_rate:
         import soxr

@@ -151,15 +151,17 @@ class _Clock:
     def __init__(self, container, stream):
         self.tick, self.last = float(stream.time_base), None
         self.nominal = float(1 / (stream.average_rate or stream.guessed_rate or FPS))
-        self.zero = None if 'avi' in container.format.name else stream.start_time    # AVI: the first picture is late, the file says not
+        self.avi = 'avi' in container.format.name              # stores no presentation times; those of decoding keep the order
+        self.zero = None if self.avi else stream.start_time
 
     def __call__(self, frame) -> tuple[float, float]:
         length = (frame.duration or 0) * self.tick
         if not 0 < length < 10: length = self.nominal
-        if self.zero is None: self.zero = frame.pts or 0
+        stamp = frame.dts if self.avi else frame.pts
+        if self.zero is None: self.zero = stamp or 0
         follows = 0. if self.last is None else sum(self.last)
-        start = follows if frame.pts is None else (frame.pts - self.zero) * self.tick
-        if start < follows - 1:
+        start = follows if stamp is None else (stamp - self.zero) * self.tick
+        if start < follows - .5:
             self.zero -= round((follows - start) / self.tick); start = follows
         self.last = (start, length)
         return self.last
