@@ -90,11 +90,12 @@ def make_batch(raw: dict,                                 # `faces`, `reference`
 class Generator(nn.Module):
     "Base of all generators: `generator(batch)` gives frames (B, T, 3, size, size) in [0, 1]."
     needs: tuple[str, ...] = ('masked', 'reference', 'mel')  # fields of the batch that `draw` reads
+    region: tuple[float, float, float, float] = (0, 0, 1, 1)  # what it draws of the face: x0, y0, x1, y1 as shares of the crop
 
     def __init__(self, name: str,  # its key in `GENERATORS`
                  **config):        # every argument that a copy is built from, plain values only
         super().__init__()
-        self.config = dict(name=name, **config)
+        self.config, self._frozen = dict(name=name, **config), ()
 
     @property
     def size(self) -> int:
@@ -113,6 +114,16 @@ class Generator(nn.Module):
             raise InputError(f"{type(self).__name__} draws {self.size} px faces, the batch has {batch.size} px; "
                              f"prepare the clips with size={self.size}")
         return self.draw(batch)
+
+    def freeze(self, *parts: str) -> None:
+        "Keep submodules as they are: no gradient for their weights, and evaluation mode while the rest trains."
+        self._frozen += parts
+        for part in parts: self.get_submodule(part).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> 'Generator':
+        super().train(mode)
+        for part in self._frozen: self.get_submodule(part).eval()
+        return self
 
     def extra_repr(self) -> str: return ', '.join(f'{k}={v}' for k, v in self.config.items())
 

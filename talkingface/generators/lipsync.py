@@ -87,13 +87,7 @@ class LipSync(Generator):
         self.audio_encoder = AudioEncoder(width) if audio_encoder is None else audio_encoder
         self.audio_projection = ConvBlock(audio_size or self.audio_encoder.size, scaled(512, width), 1)
         self.decoder = FaceDecoder(width, size)
-        if freeze_audio: self.audio_encoder.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if self.config['freeze_audio']: self.audio_encoder.eval()
-        return self
+        if freeze_audio: self.freeze('audio_encoder')
 
     def draw(self, batch: GeneratorBatch) -> Tensor:
         masked, reference, mel = per_frame(batch)
