@@ -109,8 +109,8 @@ def _weights(values) -> np.ndarray:
 # %% ../../nbs/01_data/03_portrait.ipynb #dc778390
 def _proportions(random, female: bool) -> dict:
     "Positions and sizes of features in face units."
-    u, eye = random.uniform, random.uniform(-.13, -.05)
-    nose = u(.33, .42)
+    u, eye = random.uniform, random.uniform(-.11, -.04)
+    nose = u(.29, .37)
     return dict(
         half=u(.68, .77)*(.97 if female else 1.02), jaw=u(0, 1)*(.75 if female else 1.), chin=u(1.0, 1.1), cheek=u(.02, .07),
         eye_y=eye, eye_x=u(.295, .335), eye_w=u(.135, .160), eye_h=u(.058, .078), tilt=u(-.10, .06), lid=u(.5, 1.),
@@ -143,14 +143,14 @@ class Identity:
 def _half_width(face, y):
     "Half width of the head at height y."
     y = np.asarray(y, float); t = np.clip((y + .12)/(face.chin + .12), 0, 1)
-    power = 1.95 + .9*face.jaw
+    power = (1.85 if face.female else 2.0) + .9*face.jaw
     low = face.half*np.sqrt(np.clip(1 - t**power, 0, None))*(1 - (.09 - .07*face.jaw)*np.sin(np.pi*t)**2)
-    up = face.half*np.sqrt(np.clip(1 - np.clip(-(y + .12)/1.12, 0, 1)**2.35, 0, None))
+    up = face.half*np.clip(1 - np.clip(-(y + .12)/1.06, 0, 1)**2.4, 0, None)**.47
     return np.where(y > -.12, low, up)
 
 def _outline(face) -> np.ndarray:
     "Closed polygon (K,2) around the head without hair."
-    y = np.concatenate([-.12 - 1.12*np.sin(np.linspace(np.pi/2, 0, 60)), -.12 + (face.chin + .12)*np.sin(np.linspace(0, np.pi/2, 80))[1:]])
+    y = np.concatenate([-.12 - 1.06*np.sin(np.linspace(np.pi/2, 0, 60)), -.12 + (face.chin + .12)*np.sin(np.linspace(0, np.pi/2, 80))[1:]])
     x = _half_width(face, y)
     return np.concatenate([np.stack([x, y], 1), np.stack([-x, y], 1)[::-1]])
 
@@ -160,20 +160,20 @@ def _relief(face) -> np.ndarray:
     z = np.maximum(.80*(1 - (x/1.06)**2 - ((y + .1)/1.65)**2), -1.)
     t = np.clip((y - f.eye_y + .06)/(f.nose_y - f.eye_y + .06), 0, 1)
     below = np.exp(-(np.clip(y - f.nose_y + .02, 0, None)/.07)**2)
-    z = z + f.nose_l*t**1.15*np.exp(-(x/(.085 + .055*t))**2)*below
+    z = z + f.nose_l*t**1.15*np.exp(-(x/(.074 + .060*t))**2)*below
     z = z + .05*_pair(x, y, f.nose_w*.72, f.nose_y + .005, .06, .055) + .03*_bump(x, y, 0, f.nose_y - .03, .085, .07)
     z = z - .075*_pair(x, y, f.eye_x - .02, f.eye_y - .02, .17, .095) + .035*_pair(x, y, f.eye_x, f.eye_y + .005, .11, .05)
     z = z + .045*_pair(x, y, .28, f.brow_y - .02, .26, .07) + f.cheek*_pair(x, y, .46, .16, .2, .17)
     z = z + .045*_bump(x, y, 0, f.mouth_y, .24, .13) + .05*_bump(x, y, 0, f.chin - .13, .19, .13)
-    z = z - .03*_bump(x, y, 0, f.mouth_y + f.lower + .075, .16, .04) - (.012 + .022*f.age)*_fold(f, x, y)
+    z = z - .03*_bump(x, y, 0, f.mouth_y + f.lower + .075, .16, .04) - (.008 + .008*f.age)*_fold(f, x, y)
     return z.astype(F)
 
 def _fold(face, x, y):
     "The nasolabial fold: a soft crease from the wing of the nose past the corner of the mouth."
     t = np.clip((y - face.nose_y + .03)/(face.mouth_y + .10 - face.nose_y), 0, 1.2)
     line = face.nose_w*1.12 + .02 + (.36 - face.nose_w)*t**1.1
-    inside = _step(-.04, .1, y - face.nose_y + .05)*_step(1.2, .8, t)
-    return np.exp(-((np.abs(x) - line)/.032)**2)*inside
+    inside = _step(-.04, .1, y - face.nose_y + .05)*_step(1.25, .55, t)
+    return np.exp(-((np.abs(x) - line)/.036)**2)*inside
 
 # %% ../../nbs/01_data/03_portrait.ipynb #1a05f60c
 def _motion_fields(face) -> np.ndarray:
@@ -191,9 +191,9 @@ def _displace(face, points: np.ndarray, amounts: np.ndarray) -> np.ndarray:
 # %% ../../nbs/01_data/03_portrait.ipynb #85936772
 def _shading(face) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Normals (h,w,3), occlusion (h,w) and gloss (h,w) on the relief canvas."
-    z = _blur(face.relief, .022, RELIEF)
+    z = _blur(face.relief, .018, RELIEF)
     gx, gy = (cv2.Sobel(z, cv2.CV_32F, *d, ksize=3)*F(RELIEF/8) for d in ((1, 0), (0, 1)))
-    soft = 1 - .42*_bump(XR, YR, 0, face.nose_y - .08, .22, .28)
+    soft = 1 - .25*_bump(XR, YR, 0, face.nose_y - .10, .22, .30)
     normals = np.stack([-gx*soft, -gy*soft, np.ones_like(gx)], -1)
     normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
     hollow = np.clip(_blur(face.relief, .07, RELIEF) - face.relief, 0, None)*3.2 + \
@@ -270,11 +270,11 @@ def _nose(face, skin: np.ndarray) -> np.ndarray:
 def _ears(face, skin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Coverage of head and ears, and the colour with ears drawn beside the head."
     head = _fill(face.outline)
-    u = (np.abs(X) - _half_width(face, np.array(.06)) - .03 + .12*(Y - .1))/.095; v = (Y - .09)/.235
-    r = np.hypot(u, v*(1 - .18*v))
+    u = (np.abs(X) - _half_width(face, np.array(.06)) - .03 + .12*(Y - .1))/.095; v = ((Y - .09)/.235).clip(-2, 2)
+    r = np.hypot(u, v*(1 - .15*v))
     ear = _step(1.04, .96, r)
-    inner = _bump(u, v, -.25, -.05, .5, .45)*.35 + .25*np.exp(-((r - .68)/.12)**2)
-    painted = skin*(1 - (inner + .12)[..., None]*[.8, 1.05, 1.05])
+    inner = _bump(u, v, -.25, -.05, .45, .45)*.38 + .16*np.exp(-((r - .70)/.10)**2) - .14*np.exp(-((r - .92)/.10)**2)
+    painted = skin*(1 - (inner + .03)[..., None]*[.8, 1.1, 1.1])
     only = (ear*(1 - head))[..., None]
     return np.maximum(head, ear), skin*(1 - only) + painted*only
 
@@ -295,11 +295,11 @@ def _beard(face, skin: np.ndarray) -> np.ndarray:
     amount = (area*min(.62, .22 + .45*face.beard)*(1 + .22*_noise(random, X.shape, 60, 300, 3))).clip(0, .85)[..., None]
     color = face.hair*.62 + face.skin*.22
     skin = np.ascontiguousarray(np.clip(skin*(1 - amount) + color*amount, 0, 255).astype(np.uint8))
-    for _ in range(int(2600*np.clip(face.beard - .35, 0, 1))):
+    for _ in range(int(5200*np.clip(face.beard - .30, 0, 1))):
         x, y = random.uniform(-.8, .8), random.uniform(.2, 1.12)
         if _sample(area, x, y, DENSITY) < random.uniform(.35, .9): continue
         lean = .5*x + random.normal(0, .25); length = .02 + .05*face.beard*random.random()
-        _stroke(skin, np.array([[x, y], [x + lean*length, y + length]]), (face.hair*random.uniform(.55, 1.15)).clip(0, 255).tolist())
+        _stroke(skin, np.array([[x, y], [x + lean*length, y + length]]), (face.hair*random.uniform(.6, 1.3) + .10*face.skin).clip(0, 255).tolist())
     return skin.astype(F)
 
 def _brow_curve(face, t) -> tuple[np.ndarray, np.ndarray]:
@@ -331,13 +331,13 @@ def _bezier(points: np.ndarray, n: int = 12) -> np.ndarray:
 
 def _cap(face, angle, grow: float):
     "Points on the skull outline, angle 0 at the right ear and pi at the left, grown by `grow` above the ears."
-    x, y = np.cos(angle), np.sin(angle)
-    return np.stack([x*(face.half*1.0 + .8*grow), -.12 - y*(1.12 + grow)], -1)
+    x, y = (np.sign(a)*np.abs(a)**.84 for a in (np.cos(angle), np.sin(angle)))
+    return np.stack([x*(face.half + .8*grow), -.12 - y*(1.06 + grow)], -1)
 
 def _hair_start(face, x):
     "Height of the hairline at x: level over the forehead, falling at the temples."
     base = face.hairline + .55*np.clip(np.abs(x)/face.half - .52, 0, 1)**1.3
-    if face.style == 'receding': base = base - .12 - .22*_bump(np.abs(x), 0, .34, 0, .16, 1)
+    if face.style == 'receding': base = base - .10 - .10*_bump(np.abs(x), 0, .36, 0, .2, 1)
     return base
 
 def _region(face, grow: float, low: float) -> np.ndarray:
@@ -355,16 +355,35 @@ def _roots(face, area: np.ndarray, n: int) -> np.ndarray:
     return points[np.argsort(-points[:, 1] + random.normal(0, .05, n))]
 
 # %% ../../nbs/01_data/03_portrait.ipynb #f87bb1cd
-def _crop(face, length: float, grow: float, n: int = 2600):
-    "Short hair combed away from the crown."
+def _crop(face, length: float, grow: float, n: int = 3000):
+    "Short hair: forward and up on the top, down and flat at the sides."
     random = face.random; area = _region(face, grow, -.02)
-    root = _roots(face, area, n); crown = np.array([.1*random.normal(), -1.0 - grow])
-    away = root - crown + [random.normal(0, .2), .25]; away /= np.linalg.norm(away, axis=1, keepdims=True) + .15
-    away[:, 1] = np.where(root[:, 1] < -.75, away[:, 1]*random.choice([-.9, .5]), away[:, 1])
-    bend = random.normal(0, .3, (n, 2)); long = length*random.uniform(.5, 1.2, (n, 1))
-    return _bezier(np.stack([root, root + away*long*.5, root + (away + bend)*long], 1), 6), _blur(area, .012)
+    root = _roots(face, area, n); x, y = root.T
+    side = _step(.55, .95, np.abs(x)/(face.half + grow)); lift = face.lift*_step(-.75, -1.0, y)
+    way = np.stack([np.sign(x)*.12 + .5*x*(1 - side) + face.sweep*(1 - side), side*1.1 + (1 - side)*(.9 - 1.9*lift)], 1)
+    way /= np.linalg.norm(way, axis=1, keepdims=True) + .1
+    long = (length*(1 - .55*side)*random.uniform(.5, 1.2, n))[:, None]; bend = random.normal(0, .22, (n, 2))
+    return _bezier(np.stack([root, root + way*long*.5, root + (way + bend)*long], 1), 10), _blur(area, .012)
 
-def _combed(face, part: float, low: float, grow: float, spread: float, n: int = 1500):
+def _swept(face, grow: float, n: int = 1500):
+    "Short sides, and a long top swept up from the hairline and over to one side."
+    random = face.random; sides, base = _crop(face, .09, .45*grow, 1500)
+    sides = sides[np.abs(sides[:, 0, 0]) + .5*(sides[:, 0, 1] + .6) > .40]
+    depth = np.sort(random.uniform(0, 1, n))[::-1]; side = np.sign(face.sweep)
+    x = random.uniform(-.62, .62, n)*face.half/.72
+    start = np.stack([x, _hair_start(face, x) - .02 - depth*.36 + random.normal(0, .012, n)], 1)
+    rise = (.10 + 1.3*grow)*(1 - .4*depth)*random.uniform(.8, 1.1, n)
+    top = start + np.stack([.06*side + .05*x, -rise], 1)
+    far = start + np.stack([side*(.24 + .10*random.random(n)) + .15*x, -rise*(.9 - .5*depth) + .05 + .06*random.normal(size=n)], 1)
+    return np.concatenate([sides, _inside_cap(face, _bezier(np.stack([start, top, far], 1), 10), grow)]), base
+
+def _inside_cap(face, lines, grow: float) -> np.ndarray:
+    "Strands pulled back inside the skull outline, each to its own depth, so that the outline stays soft."
+    p = (lines - [0, -.12])/[face.half + .8*grow, 1.06 + grow]
+    r = (np.abs(p)**2.38).sum(-1, keepdims=True)**(1/2.38); most = face.random.uniform(.90, 1.04, (len(lines), 1, 1))
+    return p*np.minimum(1, most/np.maximum(r, 1e-3))*[face.half + .8*grow, 1.06 + grow] + [0, -.12]
+
+def _combed(face, part: float, low: float, grow: float, spread: float, n: int = 2000):
     "Hair from a parting over the sides, ending at height `low`."
     random = face.random
     u = np.sort(random.uniform(0, 1, n))[::-1]; side = np.where(random.random(n) < .5 + part, -1., 1.)
@@ -379,7 +398,17 @@ def _combed(face, part: float, low: float, grow: float, spread: float, n: int = 
     wave = face.wave*np.sin(np.linspace(0, 1, 10)[None]*(5 + 4*max(low, 0)) + 2.2*u[:, None]*3)*np.linspace(0, 1, 10)[None]
     fall[..., 0] += wave
     lines = np.concatenate([over, fall[:, 1:]], 1)
-    return lines, _combed_base(face, low, grow)
+    base = _combed_base(face, low, grow)
+    return (lines, base) if random.random() < .6 else _with_fringe(face, lines, base)
+
+def _with_fringe(face, lines, base, n: int = 420):
+    "Add a fringe that ends above the brows."
+    random = face.random; x = random.uniform(-.52, .52, n)*face.half/.72
+    start = np.stack([.55*x, -1.08 + random.normal(0, .04, n)], 1)
+    end = np.stack([x + random.normal(0, .03, n), face.brow_y - .05 + .10*np.abs(x)**2*4 + random.normal(0, .02, n)], 1)
+    fringe = _bezier(np.stack([start, np.stack([1.05*x, -.98 + 0*x], 1), end], 1), lines.shape[1])
+    cover = _step(.62, .5, np.abs(X)/face.half)*_step(.0, -.14, Y - face.brow_y + .05)*(Y > -1.0)
+    return np.concatenate([lines, fringe]), np.maximum(base, .8*cover)
 
 def _combed_base(face, low: float, grow: float) -> np.ndarray:
     "Soft base under combed hair: the cap, and two curtains beside the face down to `low`."
@@ -389,36 +418,49 @@ def _combed_base(face, low: float, grow: float) -> np.ndarray:
     curtain = _step(-.01, .03, np.abs(X) - inner)*_step(.02, -.03, np.abs(X) - outer)*_step(.05, -.08, Y - low - .03*np.sin(X*23))*_step(-.75, -.45, Y)
     return _blur(np.maximum(cap, curtain), .012)
 
-def _curly(face, size: float, grow: float, low: float, n: int = 1500):
-    "Small open curls over a bumpy outline."
-    random = face.random; area = _region(face, grow, low)
-    root = _roots(face, area, n); t = np.linspace(0, 1, 9)[None, :, None]
+def _cloud(face, grow: float, low: float) -> np.ndarray:
+    "Round mass of hair around the head, down to height `low`, with a bumpy edge; the face is not cut out."
+    noise = .05*_noise(face.random, X.shape, 10, 30, 2); wide = face.half + .04 + grow
+    above = np.hypot(X/wide, (Y + .30)/(.93 + grow)); below = np.maximum(np.abs(X)/wide, 0) + np.clip((Y - low + .3)/.42, 0, None)**3
+    return _step(1.03, .97, np.where(Y < -.30, above, below) + noise)
+
+def _curls(face, area: np.ndarray, size: float, n: int) -> np.ndarray:
+    "Small open curls rooted in an area."
+    random = face.random; root = _roots(face, area, n); t = np.linspace(0, 1, 9)[None, :, None]
     turn = random.uniform(0, 2*np.pi, (n, 1, 1)) + t*random.uniform(3.5, 6, (n, 1, 1))*random.choice([-1, 1], (n, 1, 1))
     curl = np.concatenate([np.cos(turn), np.sin(turn)], -1)*size*random.uniform(.6, 1.3, (n, 1, 1))
-    return root[:, None] + curl + t*[0, size*.8], _blur(area, .02)
+    return root[:, None] + curl + t*[0, size*.8]
+
+def _curly(face, size: float, grow: float, low: float, n: int = 2200):
+    "Curls over a bumpy outline."
+    above = _step(.03, -.05, Y - _hair_start(face, X) - .02*np.sin(X*31))
+    beside = _step(-.07, .0, np.abs(X) - _half_width(face, np.minimum(Y, .3)))*(Y > face.hairline)
+    area = _cloud(face, grow, low)*np.maximum(above, beside)*_step(low + .12, low, Y)
+    return _curls(face, area, size, n), _blur(area, .02)
 
 def _tied(face, grow: float, n: int = 1500):
     "Hair drawn back tightly to the crown."
     random = face.random; angle = random.uniform(-.12, np.pi + .12, n); mix = random.uniform(0, 1, n)**.8
-    rim = _cap(face, angle, grow); x = .93*face.half*np.cos(angle)
+    rim = _cap(face, angle, grow); x = .96*face.half*np.cos(angle)
     line = np.stack([x, np.where(np.sin(angle) > .1, _hair_start(face, x) - .01, .12 - .6*np.sin(angle).clip(0))], 1)
-    start = line*(1 - mix[:, None]) + rim*mix[:, None]; crown = np.array([0., -1.14 - grow]) + random.normal(0, .05, (n, 2))
-    order = np.argsort(mix); middle = (start + crown)/2 + (start - [0, -.5])*.12
+    start = line*(1 - mix[:, None]) + rim*mix[:, None]; crown = np.array([0., -1.10 - grow]) + random.normal(0, .05, (n, 2))
+    order = np.argsort(mix); middle = _cap(face, angle + (np.pi/2 - angle)*.30, grow)*random.uniform(.90, 1.0, (n, 1))
     return _bezier(np.stack([start, middle, crown], 1), 10)[order], _blur(_region(face, grow, .05), .012)
 
 # %% ../../nbs/01_data/03_portrait.ipynb #84c08b9b
 def _style(face):
     "Strands, base and reach of the hair behind the neck (None for short hair)."
     random = face.random; part = float(random.choice([-1, 1])*random.uniform(.0, .3)); face.wave = float(random.uniform(0, .035))
+    face.lift, face.sweep = float(random.uniform(0, 1)), float(random.choice([-1, 1])*random.uniform(.1, .5))
     grow = float(random.uniform(.07, .15))
     match face.style:
         case 'crop': return *_crop(face, random.uniform(.10, .2), .05 + .5*grow), None
         case 'receding': return *_crop(face, .10, .04), None
         case 'bald': return *_crop(face, .04, .012, 900), None
-        case 'side': return *_combed(face, part*1.1, random.uniform(-.28, -.12), grow, .05), None
+        case 'side': return *_swept(face, grow), None
         case 'curly':
-            low = random.uniform(-.1, .0) if not face.female else random.uniform(.0, .75)
-            return *_curly(face, random.uniform(.022, .045), grow*1.7 if face.female else grow, low), low if low > .2 else None
+            low, grow = (random.uniform(.3, .95), grow*1.8) if face.female else (random.uniform(-.05, .1), grow)
+            return *_curly(face, random.uniform(.022, .045), grow, low), low if face.female else None
         case 'bun': return *_tied(face, .05), None
         case 'bob': return *_combed(face, part, random.uniform(.55, .85), grow, .03), .75
         case 'long': return *_combed(face, part, random.uniform(1.2, 1.6), grow, .08), 1.5
@@ -433,34 +475,37 @@ def _hair(face) -> tuple[np.ndarray, np.ndarray | None]:
     keep = np.ones(len(lines), bool)
     if face.style == 'bald': keep = lines[:, 0, 1] > -.62
     if face.style == 'receding': keep = random.random(len(lines)) < .45 + .55*_step(-.95, -.7, lines[:, 0, 1] + .4*np.abs(lines[:, 0, 0]))
-    light = np.clip(random.normal(1, .17, len(lines)) + .10*np.sin(np.arange(len(lines))*.05), .5, 1.6)
-    thick = random.integers(1, 3, len(lines)) if len(lines) < 2000 else np.ones(len(lines), int)
+    light = np.clip(random.normal(1, .20, len(lines)) + .12*np.sin(np.arange(len(lines))*.05), .45, 1.7)
+    thick = 1 + (random.random(len(lines)) < .25)
     for line, bright, width in zip(lines[keep], light[keep], thick[keep]):
-        _stroke(layer, line, [*(face.hair*bright).clip(0, 255).tolist(), 255.], int(width))
-    layer[..., :3] = np.minimum(layer[..., :3]*_hair_light(face)[..., None], layer[..., 3:]).astype(np.uint8)
+        _stroke(layer, line, [*(face.hair*bright + 9*(bright - .6)).clip(0, 255).tolist(), 255.], int(width))
+    shade, band = _hair_light(face); cover = layer[..., 3]*F(1/255); detail = layer[..., :3].mean(-1)/max(1, face.hair.mean())
+    color = layer[..., :3]*shade[..., None] + (band*cover*detail)[..., None]*(14 + .22*face.hair)
+    layer[..., :3] = np.minimum(color, layer[..., 3:]).astype(np.uint8)
     back = _back_hair(face, reach) if reach or face.style == 'bun' else None
     return layer, back
 
-def _hair_light(face) -> np.ndarray:
-    "Brightness of the hair as a surface: a band of gloss on the turn of the skull, darker below and near the face."
+def _hair_light(face) -> tuple[np.ndarray, np.ndarray]:
+    "Brightness of the hair as a surface, darker below and near the face, and its band of gloss on the turn of the skull."
     r = np.hypot(X/(face.half + .1), (Y + .25)/1.12)
-    band = np.exp(-((r - .80 - .03*np.sin(9*X))/.10)**2)*_step(-.1, -.6, Y)
-    return (.80 + .42*band - .22*_step(-.3, .3, Y)*_step(1.3, .8, np.abs(X)/face.half) - .15*_step(.95, 1.15, r)*_step(0, -.4, Y)).astype(F)
+    band = np.exp(-((r - .78 - .03*np.sin(9*X) - .02*np.sin(23*X))/.11)**2)*_step(.1, -.6, Y)
+    low = _step(-.3, .3, Y)*_step(1.3, .8, np.abs(X)/face.half)
+    return (.95 - .25*low - .22*_step(.92, 1.15, r)*_step(.2, -.4, Y)).astype(F), band.astype(F)
 
 def _back_hair(face, reach: float | None) -> np.ndarray:
     "Hair behind neck and shoulders, or the bun above the crown."
-    random = face.random; layer = np.zeros((*X.shape, 4), np.uint8)
-    if reach is None:
-        mask = _step(1.05, .9, np.hypot(X/.26, (Y + 1.30)/.20)); strands = _roots(face, mask, 260); wide, high = .10, .02
+    random = face.random; layer = np.zeros((*X.shape, 4), np.uint8); wide, high, n = .02, .25, 900
+    if reach is None: mask = _step(1.05, .9, np.hypot(X/.26, (Y + 1.26)/.19)); wide, high, n = .10, .02, 260
+    elif face.style == 'curly': mask = _cloud(face, .12, reach)
     else:
-        outer = face.half*1.02 + .07 + .06*_step(0, 1, Y)
+        outer = face.half*(.80 + .22*_step(-.6, .2, Y)) + .05 + .06*_step(0, 1, Y)
         mask = _step(.03, -.03, np.abs(X) - outer)*_step(.06, -.10, Y - reach - .05*np.sin(9*X))*_step(-.8, -.6, Y)
-        strands = _roots(face, mask, 900); wide, high = .02, .25
     layer[:] = np.dstack([face.hair*.42*mask[..., None], 255*mask]).astype(np.uint8)
-    for x, y in strands:
-        line = np.array([[x - wide, y - high], [x + random.normal(0, .02), y], [x + wide, y + high]])
-        inside = _sample(mask, line[:, 0], line[:, 1], DENSITY).min() > .5
-        if inside: _stroke(layer, line, [*(face.hair*random.uniform(.35, .75)).clip(0, 255).tolist(), 255.])
+    if face.style == 'curly': lines = _curls(face, mask, .035, 900)
+    else: lines = _roots(face, mask, n)[:, None] + np.array([[-wide, -high], [0, 0], [wide, high]]) + random.normal(0, .012, (n, 3, 2))
+    for line in lines:
+        if _sample(mask, line[:, 0], line[:, 1], DENSITY).min() > .4:
+            _stroke(layer, line, [*(face.hair*random.uniform(.35, .75)).clip(0, 255).tolist(), 255.])
     return layer
 
 # %% ../../nbs/01_data/03_portrait.ipynb #acd75e10
@@ -487,7 +532,7 @@ def lip_curves(face: Identity, mouth: Mouth, x):
     "Heights of inner upper, inner lower, outer upper and outer lower lip at x."
     s = np.clip(np.abs(x)/mouth.width, 0, 1); t = np.clip(np.abs(x)/mouth.inner, 0, 1)
     line = face.mouth_y + mouth.corner*s**2 + .010*np.exp(-(x/.07)**2)*np.exp(-(mouth.rise + mouth.drop)/.02)
-    inner_up = line - mouth.rise*(1 - t**2.4); inner_low = line + mouth.drop*(1 - t**(2.5 - .4*mouth.round))
+    inner_up = line - mouth.rise*(1 - t**2.2)**.75; inner_low = line + mouth.drop*(1 - t**2.2)**.72
     bow = 1 - face.bow*np.exp(-(x/(.16*mouth.width))**2)
     outer_up = inner_up - mouth.upper*(1 - s**1.9)*bow; outer_low = inner_low + mouth.lower*(1 - s**2.2)
     return inner_up, inner_low, outer_up, outer_low
@@ -507,13 +552,13 @@ def _inside(face, mouth: Mouth, x, y, curves, aa: float):
     up, low = curves[:2]; f, m = face, mouth
     depth = np.clip((y - up)/np.maximum(low - up, .02), 0, 1)
     color = np.array([70, 22, 22], F)*(.30 + .75*depth*(1 - (x/m.width)**2))[..., None]
-    floor = f.mouth_y + m.jaw*.80 + .055; raised = np.clip(m.tongue, 0, 1)
-    top = floor - .050 - raised*(m.jaw*.62 + .035)
+    floor = f.mouth_y + m.jaw*.78 + .038; raised = np.clip(m.tongue, 0, 1)
+    top = floor - .035 - .24*m.jaw - raised*(m.jaw*.42 + .035)
     body = 1 - (x/(m.inner*(.80 - .12*raised)))**2 - np.clip((top + .05 - y)/.055, 0, None)**2
     tongue = _step(-.12, .25, body)
     round_ = np.exp(-((y - top - .055)/.06)**2)
     groove = 1 - .22*np.exp(-(x/.016)**2)*_step(top, top + .06, y)
-    flesh = np.array([196, 98, 96], F)*((.58 + .42*round_)*groove*(1 - .35*(x/m.width)**2))[..., None]
+    flesh = np.array([178, 86, 86], F)*((.58 + .42*round_)*groove*(1 - .35*(x/m.width)**2))[..., None]
     flesh = flesh + (46*_bump(x, y, -.05, top + .035, .05, .014) + 30*_bump(x, y, .06, top + .045, .03, .012))[..., None]
     lower, bright = _teeth(x, y, floor - .012, f, -1., m.inner*.70, aa)
     lower = lower*_step(.11, .08, y - floor); front = _step(.72, .95, raised)
@@ -642,9 +687,9 @@ class Scene:
         self.center = np.array([size/2 + random.normal(0, 4)*k, size*.505 + random.normal(0, 3)*k])
         side = random.uniform(-.75, .75); key = np.array([side, random.uniform(-.75, -.2), random.uniform(.7, 1.1)])
         self.key = key/np.linalg.norm(key)
-        self.ambient, self.diffuse = float(random.uniform(.50, .66)), float(random.uniform(.42, .58))
-        self.tint = np.clip(1 + random.normal(0, .025)*np.array([1, .1, -1.2]), .9, 1.1).astype(F)
-        self.gloss = float(random.uniform(10, 34)); self.gain = float(random.uniform(.92, 1.06))
+        self.ambient, self.diffuse = float(random.uniform(.36, .50)), float(random.uniform(.62, .78))
+        self.tint = (1 + np.clip(random.normal(.018, .02), -.004, .05)*np.array([1, .1, -1.2])).astype(F)
+        self.gloss = float(random.uniform(10, 34)); self.gain = float(random.uniform(1.0, 1.13))
         self.density = min(DENSITY, self.scale*1.15)
         self.skin, self.alpha, self.hair = (_reduce(a, self.density) for a in (identity.skin_layer, identity.alpha, identity.hair_layer))
         self.back = None if identity.back_layer is None else _reduce(identity.back_layer, self.density)
@@ -659,7 +704,7 @@ def _reduce(layer: np.ndarray, density: float) -> np.ndarray:
 def _muted(random, low: float, high: float) -> np.ndarray:
     "A colour of low saturation."
     color = random.uniform(low, high, 3)
-    return color.mean() + (color - color.mean())*random.uniform(.15, .5)
+    return color.mean() + (color - color.mean())*random.uniform(.08, .38)
 
 def _background(random, size: int) -> np.ndarray:
     "A blurred room: a gradient with soft rectangles and discs of light."
@@ -681,11 +726,11 @@ def _body(face, scene, random) -> np.ndarray:
     size = scene.size; v, u = np.mgrid[:size, :size].astype(F)
     x, y = (u - scene.center[0])/scene.scale, (v - scene.center[1])/scene.scale; aa = .8/scene.scale
     noise = _noise(random, (size, size), 5, 70)
-    half = face.half*(.54 if face.female else .64)
+    half = face.half*(.57 if face.female else .66)
     neck = _step(-aa, aa, half + .22*np.clip(y - 1.12, 0, 1)**1.5 - np.abs(x))*_step(.3, .4, y)
     across = np.clip(1 - .42*(x/half)**2 + .30*scene.key[0]*x/half, .3, 1.2)
-    under = .50 + .50*_step(face.chin - .02, face.chin + .42 + .12*np.cos(2*x), y)
-    level = scene.ambient + .35*scene.diffuse
+    under = .60 + .40*_step(face.chin - .02, face.chin + .40 + .12*np.cos(2*x), y)
+    level = scene.ambient + .52*scene.diffuse
     skin = face.skin*(level*across*under*(1 + .012*noise))[..., None]*np.array([1, .97, .95])
     skin = skin*(1 - .14*np.exp(-((np.abs(x) - .13 - .22*(1.5 - y))/.05)**2)*_step(1.1, 1.3, y))[..., None]
     cloth, cover = _clothes(face, random, x, y, aa, noise, level, scene)
@@ -716,7 +761,7 @@ def _light(face, scene, matrix, turn: float, gain: float) -> np.ndarray:
     local = (matrix.T @ key).astype(F); half = local + matrix.T[:, 2].astype(F); half /= np.linalg.norm(half)
     facing = cv2.transform(face.normals, np.stack([local, half, matrix.T[:, 2].astype(F)]))
     out = np.empty((*face.occlusion.shape, 4), F); shade = face.occlusion
-    for i, wrap in enumerate((.46, .36, .32)):
+    for i, wrap in enumerate((.34, .25, .21)):
         lit = np.clip((facing[..., 0] + F(wrap))/F(1 + wrap), 0, None)
         out[..., i] = shade*(F(scene.ambient) + F(scene.diffuse)*lit)*(scene.tint[i]*F(scene.gain*gain))
     shine = np.clip(facing[..., 1], 0, None)
@@ -758,7 +803,7 @@ def _paint_head(face, scene, mouth, coords, light, blink, brow, gaze, aa, turn):
     lit = cv2.remap(light, *_pixels(rx, ry, RELIEF), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     skin = _read(scene.skin, rx, ry, scene.density).astype(F); alpha = _read(scene.alpha, rx, ry, scene.density).astype(F)*F(1/255)
     hair = _read(scene.hair, x, y, scene.density).astype(F); cover = hair[..., 3]*F(1/255)
-    strength = F(.10 + .16*face.age) + F(.16*min(max(mouth.jaw*3, 0), 1) + 1.6*max(mouth.cheek, 0))
+    strength = F(.06 + .13*face.age) + F(.12*min(max(mouth.jaw*3, 0), 1) + 3*max(mouth.cheek, 0))
     fold = 1 - strength*skin[..., 3]*F(1/255)
     image = skin[..., :3]*lit[..., :3]*fold[..., None] + lit[..., 3:]
     glint = (-.018 + .03*np.sin(turn), -.020)
