@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from ..core import FPS, InputError, SAMPLES_PER_FRAME, rng
+from .speech import VISEMES
 
 # %% ../../nbs/01_data/03_portrait.ipynb #82825faf
 LEFT, TOP, WIDE, TALL = -1.5, -1.65, 3.0, 3.3   # canvas, face units
@@ -80,7 +81,8 @@ X, Y = _grid(DENSITY)
 XR, YR = _grid(RELIEF)
 
 # %% ../../nbs/01_data/03_portrait.ipynb #32103362
-SKIN = np.array([[238, 205, 186], [228, 188, 164], [212, 168, 140], [192, 146, 116], [166, 120, 92], [136, 95, 72], [104, 71, 55]], F)
+SKIN = np.array([[238, 205, 186], [228, 188, 164], [212, 168, 140], [190, 147, 121],
+                 [164, 121, 98], [134, 96, 77], [104, 71, 55]], F)
 HAIR = np.array([[26, 22, 21], [44, 31, 25], [66, 45, 33], [98, 68, 46], [142, 104, 68], [184, 148, 100], [118, 62, 38]], F)
 EYES = np.array([[58, 38, 26], [84, 56, 36], [104, 84, 52], [92, 104, 74], [98, 118, 132], [110, 134, 152]], F)
 LIPSTICK = np.array([[168, 58, 60], [186, 88, 82], [150, 44, 52], [196, 104, 98]], F)
@@ -96,7 +98,7 @@ def _colors(random, female: bool, age: float) -> dict:
     grey = _step(.55, 1., age + random.normal(0, .12))
     hair = hair*(1 - grey) + random.uniform(125, 200)*np.array([1, .98, .95])*grey
     eyes = EYES[random.choice(6, p=_weights([3, 3, 1 + fair, fair, 2*fair, 2*fair]))]*random.uniform(.85, 1.15)
-    lips = skin*[.90, .68, .66]*random.uniform(.92, 1.03) + [10, 0, 1]
+    lips = skin*[.88, .64, .71]*random.uniform(.92, 1.03) + [12, 2, 3]
     if female and random.random() < .45:
         lips = lips*.5 + LIPSTICK[random.integers(4)]*.5*(.55 + .45*skin[0]/230)
     teeth = np.array([232, 224, 206])*random.uniform(.86, 1.02)
@@ -113,8 +115,9 @@ def _proportions(random, female: bool) -> dict:
     nose = u(.29, .37)
     return dict(
         half=u(.68, .77)*(.97 if female else 1.02), jaw=u(0, 1)*(.75 if female else 1.), chin=u(1.0, 1.1), cheek=u(.02, .07),
-        eye_y=eye, eye_x=u(.295, .335), eye_w=u(.135, .160), eye_h=u(.058, .078), tilt=u(-.10, .06), lid=u(.5, 1.),
-        brow_y=eye - u(.155, .205), brow_t=u(.026, .046)*(.75 if female else 1.15), brow_arch=u(.015, .055), brow_tilt=u(-.02, .05),
+        eye_y=eye, eye_x=u(.295, .335), eye_w=u(.135, .160), eye_h=u(.052, .070), tilt=u(-.10, .06), lid=u(.5, 1.),
+        brow_y=eye - u(.155, .205), brow_t=u(.026, .046)*(.75 if female else 1.15),
+        brow_arch=u(.015, .055), brow_tilt=u(-.02, .05),
         nose_y=nose, nose_w=u(.13, .185), nose_l=u(.15, .22), mouth_y=nose + u(.20, .25), mouth_w=u(.235, .30),
         upper=u(.042, .075), lower=u(.062, .105), bow=u(.12, .42), corner=u(-.022, .02), tooth=u(.062, .078), gap=u(0, 1),
         hairline=u(-.86, -.72), articulation=u(.85, 1.12))
@@ -129,8 +132,9 @@ class Identity:
         men, women = [4, 4, .6, 2, 2.5, .2, 1.6, .2], [.8, 2, 4, 2, 0, 2, 0, 2.5]
         self.style = STYLES[random.choice(len(STYLES), p=_weights(women if self.female else men))]
         self.beard = 0. if self.female or random.random() < .4 else float(random.uniform(.15, 1))
-        self.glasses, self.freckles = bool(random.random() < .18), float(random.uniform(0, 1)**3*np.clip(self.skin[0]/160 - .6, 0, 1))
-        self.tie = float(random.uniform(.8, 1.2))
+        self.glasses, self.rim = bool(random.random() < .18), float(random.uniform(.8, 1.2))
+        self.freckles = float(random.uniform(0, 1)**3*np.clip(self.skin[0]/160 - .6, 0, 1))
+        self.phase = float(random.uniform(0, 6.28))             # of the grain of lips and irises
         self.outline = _outline(self)
         self.relief = _relief(self)
         self.fields = _motion_fields(self)
@@ -150,7 +154,8 @@ def _half_width(face, y):
 
 def _outline(face) -> np.ndarray:
     "Closed polygon (K,2) around the head without hair."
-    y = np.concatenate([-.12 - 1.06*np.sin(np.linspace(np.pi/2, 0, 60)), -.12 + (face.chin + .12)*np.sin(np.linspace(0, np.pi/2, 80))[1:]])
+    upper, lower = np.sin(np.linspace(np.pi/2, 0, 60)), np.sin(np.linspace(0, np.pi/2, 80))[1:]
+    y = np.concatenate([-.12 - 1.06*upper, -.12 + (face.chin + .12)*lower])
     x = _half_width(face, y)
     return np.concatenate([np.stack([x, y], 1), np.stack([-x, y], 1)[::-1]])
 
@@ -200,7 +205,8 @@ def _shading(face) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
              np.clip(_blur(face.relief, .2, RELIEF) - face.relief, 0, None)*.8
     edge = np.clip((_half_width(face, YR) - np.abs(XR))/.22, 0, 1)
     occlusion = np.exp(-hollow)*(.72 + .28*edge**.6)
-    gloss = .35 + .5*_bump(XR, YR, 0, face.nose_y - .03, .07, .1) + .4*_bump(XR, YR, 0, -.5, .35, .2) + .3*_pair(XR, YR, .42, .08, .15, .1)
+    gloss = .35 + .5*_bump(XR, YR, 0, face.nose_y - .03, .07, .1) + .4*_bump(XR, YR, 0, -.5, .35, .2)
+    gloss = gloss + .3*_pair(XR, YR, .42, .08, .15, .1)
     return normals.astype(F), occlusion.astype(F), gloss.astype(F)
 
 # %% ../../nbs/01_data/03_portrait.ipynb #2df580d3
@@ -209,10 +215,11 @@ def _skin(face) -> tuple[np.ndarray, np.ndarray]:
     random, shape = face.random, X.shape
     blotch = .022*_noise(random, shape, 3, 12, 3) + .016*_noise(random, shape, 20, 90) + .014*_noise(random, shape, 120, 300, 2)
     skin = face.skin*(1 + blotch[..., None])
-    blood = .8*_pair(X, Y, .40, .20, .2, .17) + .7*_bump(X, Y, 0, face.nose_y, .13, .10) + .4*_bump(X, Y, 0, face.chin - .1, .2, .1)
-    blood = blood + .5*_pair(X, Y, face.half, .08, .12, .3)
+    blood = .8*_pair(X, Y, .40, .20, .2, .17) + .7*_bump(X, Y, 0, face.nose_y, .13, .10)
+    blood = blood + .4*_bump(X, Y, 0, face.chin - .1, .2, .1) + .5*_pair(X, Y, face.half, .08, .12, .3)
     skin = skin*(1 - np.array([.015, .10, .10])*(blood*(1 + 3*blotch))[..., None])
-    skin = skin*(1 - np.array([.10, .12, .10])*_pair(X, Y, face.eye_x - .03, face.eye_y + .09, .13, .05)[..., None]*(.4 + .6*face.age))
+    tired = (.4 + .6*face.age)*_pair(X, Y, face.eye_x - .03, face.eye_y + .09, .13, .05)
+    skin = skin*(1 - np.array([.10, .12, .10])*tired[..., None])
     skin = skin*(1 - .5*_spots(face)[..., None])
     skin = skin*(1 - _wrinkles(face)[..., None]*[.22, .27, .28])
     skin = _nose(face, skin)
@@ -260,8 +267,9 @@ def _wobble(random, n: int, size: float) -> np.ndarray:
 def _nose(face, skin: np.ndarray) -> np.ndarray:
     "Nostrils, wings and the shadow of the tip."
     f = face
-    nostril = _step(1.25, .55, np.hypot((np.abs(X) - f.nose_w*.50 + .25*(Y - f.nose_y - .035))/(f.nose_w*.27), (Y - f.nose_y - .038)/.021))
-    wing = np.exp(-((np.hypot((np.abs(X) - f.nose_w*.62)/(.42*f.nose_w), (Y - f.nose_y)/.062) - 1)/.20)**2)*_step(.5, .95, np.abs(X)/f.nose_w)
+    x, y, w = np.abs(X), Y - f.nose_y, f.nose_w
+    nostril = _step(1.25, .55, np.hypot((x - .50*w + .25*(y - .035))/(.27*w), (y - .038)/.021))
+    wing = np.exp(-((np.hypot((x - .62*w)/(.42*w), y/.062) - 1)/.20)**2)*_step(.5, .95, x/w)
     under = _bump(X, Y, 0, f.nose_y + .055, f.nose_w*.85, .026)
     groove = _bump(X, Y, 0, (f.nose_y + f.mouth_y)/2, .026, .07)
     skin = skin*(1 - np.array([.20, .24, .25])*wing[..., None])*(1 - np.array([.22, .27, .28])*under[..., None])
@@ -282,9 +290,10 @@ def _ears(face, skin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _beard_area(face) -> np.ndarray:
     "Where a beard grows, 0..1: cheeks below a line, moustache, chin; the lips stay free."
     f = face
-    cheek = _step(-.05, .12, Y - f.nose_y - .03 - .55*(.62 - np.abs(X)).clip(0, .3) + .35*np.clip(np.abs(X) - .45, 0, 1))*_step(.30, .52, np.abs(X) + .45*(Y - .35))
-    lips = np.hypot(X/(f.mouth_w*1.12), (Y - f.mouth_y - .01)/(f.lower + .055))
-    moustache = _step(.03, .09, Y - f.nose_y - .03)*_step(f.mouth_w + .10, f.mouth_w - .02, np.abs(X))*_step(.05, -.03, Y - f.mouth_y - .05)
+    x = np.abs(X); line = f.nose_y + .03 + .55*np.clip(.62 - x, 0, .3) - .35*np.clip(x - .45, 0, 1)
+    cheek = _step(-.05, .12, Y - line)*_step(.30, .52, x + .45*(Y - .35))
+    lips = np.hypot(X/(f.mouth_w*1.08), (Y - f.mouth_y)/np.where(Y < f.mouth_y, f.upper + .022, f.lower + .05))
+    moustache = _step(.03, .09, Y - f.nose_y - .03)*_step(.10, -.02, x - f.mouth_w)*_step(.05, -.03, Y - f.mouth_y - .05)
     chin = _step(.12, .22, Y - f.mouth_y)
     return np.maximum(np.maximum(cheek, moustache*.95), chin)*_step(.92, 1.12, lips)
 
@@ -299,7 +308,8 @@ def _beard(face, skin: np.ndarray) -> np.ndarray:
         x, y = random.uniform(-.8, .8), random.uniform(.2, 1.12)
         if _sample(area, x, y, DENSITY) < random.uniform(.35, .9): continue
         lean = .5*x + random.normal(0, .25); length = .02 + .05*face.beard*random.random()
-        _stroke(skin, np.array([[x, y], [x + lean*length, y + length]]), (face.hair*random.uniform(.6, 1.3) + .10*face.skin).clip(0, 255).tolist())
+        tone = (face.hair*random.uniform(.6, 1.3) + .10*face.skin).clip(0, 255)
+        _stroke(skin, np.array([[x, y], [x + lean*length, y + length]]), tone.tolist())
     return skin.astype(F)
 
 def _brow_curve(face, t) -> tuple[np.ndarray, np.ndarray]:
@@ -344,7 +354,8 @@ def _region(face, grow: float, low: float) -> np.ndarray:
     "Scalp as 0..1: inside the grown outline, above the hairline and beside the face down to height `low`."
     cap = _fill(_cap(face, np.linspace(-.25, np.pi + .25, 90), grow))
     above = _step(.03, -.05, Y - _hair_start(face, X))
-    beside = _step(-.09, -.02, np.abs(X) - _half_width(face, Y))*_step(.03, -.08, Y - low)*(Y > face.hairline)
+    beside = _step(-.11, -.01, np.abs(X) - _half_width(face, Y) - .07*_step(-.5, low, Y))
+    beside = beside*_step(.03, -.10, Y - low)*(Y > face.hairline)
     return cap*np.maximum(above, beside)
 
 def _roots(face, area: np.ndarray, n: int) -> np.ndarray:
@@ -374,7 +385,8 @@ def _swept(face, grow: float, n: int = 1500):
     start = np.stack([x, _hair_start(face, x) - .02 - depth*.36 + random.normal(0, .012, n)], 1)
     rise = (.10 + 1.3*grow)*(1 - .4*depth)*random.uniform(.8, 1.1, n)
     top = start + np.stack([.06*side + .05*x, -rise], 1)
-    far = start + np.stack([side*(.24 + .10*random.random(n)) + .15*x, -rise*(.9 - .5*depth) + .05 + .06*random.normal(size=n)], 1)
+    across, up = side*(.24 + .10*random.random(n)) + .15*x, -rise*(.9 - .5*depth) + .05 + .06*random.normal(size=n)
+    far = start + np.stack([across, up], 1)
     return np.concatenate([sides, _inside_cap(face, _bezier(np.stack([start, top, far], 1), 10), grow)]), base
 
 def _inside_cap(face, lines, grow: float) -> np.ndarray:
@@ -415,13 +427,14 @@ def _combed_base(face, low: float, grow: float) -> np.ndarray:
     cap = _region(face, grow, min(low, .1))
     if low < .15: return _blur(cap, .012)
     inner, outer = _half_width(face, np.minimum(Y, .1))*.96, face.half*1.02 + .8*grow + .07*np.clip(low, 0, 1)*_step(-.2, .8, Y)
-    curtain = _step(-.01, .03, np.abs(X) - inner)*_step(.02, -.03, np.abs(X) - outer)*_step(.05, -.08, Y - low - .03*np.sin(X*23))*_step(-.75, -.45, Y)
+    curtain = _step(-.01, .03, np.abs(X) - inner)*_step(.02, -.03, np.abs(X) - outer)
+    curtain = curtain*_step(.05, -.08, Y - low - .03*np.sin(X*23))*_step(-.75, -.45, Y)
     return _blur(np.maximum(cap, curtain), .012)
 
 def _cloud(face, grow: float, low: float) -> np.ndarray:
     "Round mass of hair around the head, down to height `low`, with a bumpy edge; the face is not cut out."
     noise = .05*_noise(face.random, X.shape, 10, 30, 2); wide = face.half + .04 + grow
-    above = np.hypot(X/wide, (Y + .30)/(.93 + grow)); below = np.maximum(np.abs(X)/wide, 0) + np.clip((Y - low + .3)/.42, 0, None)**3
+    above = np.hypot(X/wide, (Y + .30)/(.93 + grow)); below = np.abs(X)/wide + np.clip((Y - low + .3)/.42, 0, None)**3
     return _step(1.03, .97, np.where(Y < -.30, above, below) + noise)
 
 def _curls(face, area: np.ndarray, size: float, n: int) -> np.ndarray:
@@ -435,7 +448,7 @@ def _curly(face, size: float, grow: float, low: float, n: int = 2200):
     "Curls over a bumpy outline."
     above = _step(.03, -.05, Y - _hair_start(face, X) - .02*np.sin(X*31))
     beside = _step(-.07, .0, np.abs(X) - _half_width(face, np.minimum(Y, .3)))*(Y > face.hairline)
-    area = _cloud(face, grow, low)*np.maximum(above, beside)*_step(low + .12, low, Y)
+    area = _cloud(face, grow, low)*np.maximum(above, beside)
     return _curls(face, area, size, n), _blur(area, .02)
 
 def _tied(face, grow: float, n: int = 1500):
@@ -451,7 +464,7 @@ def _tied(face, grow: float, n: int = 1500):
 def _style(face):
     "Strands, base and reach of the hair behind the neck (None for short hair)."
     random = face.random; part = float(random.choice([-1, 1])*random.uniform(.0, .3)); face.wave = float(random.uniform(0, .035))
-    face.lift, face.sweep = float(random.uniform(0, 1)), float(random.choice([-1, 1])*random.uniform(.1, .5))
+    face.lift, face.sweep = float(random.uniform(.3, 1)), float(random.choice([-1, 1])*random.uniform(.1, .5))
     grow = float(random.uniform(.07, .15))
     match face.style:
         case 'crop': return *_crop(face, random.uniform(.10, .2), .05 + .5*grow), None
@@ -467,17 +480,17 @@ def _style(face):
 
 def _hair(face) -> tuple[np.ndarray, np.ndarray | None]:
     "Hair over head (h,w,4) uint8 and hair behind the neck (or None), premultiplied."
-    random = face.random; lines, base, reach = *_style(face),
+    random = face.random; lines, base, reach = _style(face)
     if face.style == 'bald': base = base*.30*_step(-.75, -.45, Y)
     if face.style == 'receding': base = base*(.55 + .45*_step(-.85, -.6, Y + .4*np.abs(X)))
     soft = .86*base*(1 + .2*_noise(random, X.shape, 40, 200, 2)*_step(1, .7, base))
     layer = np.dstack([face.hair*.62*soft[..., None], 255*soft]).clip(0, 255).astype(np.uint8)
-    keep = np.ones(len(lines), bool)
+    n = len(lines); keep = np.ones(n, bool)
     if face.style == 'bald': keep = lines[:, 0, 1] > -.62
-    if face.style == 'receding': keep = random.random(len(lines)) < .45 + .55*_step(-.95, -.7, lines[:, 0, 1] + .4*np.abs(lines[:, 0, 0]))
-    light = np.clip(random.normal(1, .20, len(lines)) + .12*np.sin(np.arange(len(lines))*.05), .45, 1.7)
-    thick = 1 + (random.random(len(lines)) < .25)
-    for line, bright, width in zip(lines[keep], light[keep], thick[keep]):
+    if face.style == 'receding': keep = random.random(n) < .45 + .55*_step(-.95, -.7, lines[:, 0, 1] + .4*np.abs(lines[:, 0, 0]))
+    light = random.normal(1, .24 - .12*face.hair.mean()/255, n) + .10*np.sin(np.arange(n)*.05)
+    thick = 1 + (random.random(n) < .25)
+    for line, bright, width in zip(lines[keep], np.clip(light, .45, 1.7)[keep], thick[keep]):
         _stroke(layer, line, [*(face.hair*bright + 9*(bright - .6)).clip(0, 255).tolist(), 255.], int(width))
     shade, band = _hair_light(face); cover = layer[..., 3]*F(1/255); detail = layer[..., :3].mean(-1)/max(1, face.hair.mean())
     color = layer[..., :3]*shade[..., None] + (band*cover*detail)[..., None]*(14 + .22*face.hair)
@@ -492,24 +505,30 @@ def _hair_light(face) -> tuple[np.ndarray, np.ndarray]:
     low = _step(-.3, .3, Y)*_step(1.3, .8, np.abs(X)/face.half)
     return (.95 - .25*low - .22*_step(.92, 1.15, r)*_step(.2, -.4, Y)).astype(F), band.astype(F)
 
+def _coil(random, n: int = 260) -> np.ndarray:
+    "Strands wound into a bun."
+    turn = random.uniform(0, 2*np.pi, (n, 1)) + np.linspace(0, 1.6, 10); r = random.uniform(.25, .98, (n, 1))
+    return np.stack([.26*r*np.cos(turn), -1.26 + .19*r*np.sin(turn)], -1)
+
 def _back_hair(face, reach: float | None) -> np.ndarray:
     "Hair behind neck and shoulders, or the bun above the crown."
-    random = face.random; layer = np.zeros((*X.shape, 4), np.uint8); wide, high, n = .02, .25, 900
-    if reach is None: mask = _step(1.05, .9, np.hypot(X/.26, (Y + 1.26)/.19)); wide, high, n = .10, .02, 260
+    random = face.random; layer = np.zeros((*X.shape, 4), np.uint8)
+    if reach is None: mask = _step(1.04, .97, np.hypot(X/.26, (Y + 1.26)/.19))
     elif face.style == 'curly': mask = _cloud(face, .12, reach)
     else:
         outer = face.half*(.80 + .22*_step(-.6, .2, Y)) + .05 + .06*_step(0, 1, Y)
-        mask = _step(.03, -.03, np.abs(X) - outer)*_step(.06, -.10, Y - reach - .05*np.sin(9*X))*_step(-.8, -.6, Y)
+        mask = _step(.03, -.03, np.abs(X) - outer)*_step(.02, -.04, Y - reach - .05*np.sin(9*X))*_step(-.8, -.6, Y)
     layer[:] = np.dstack([face.hair*.42*mask[..., None], 255*mask]).astype(np.uint8)
     if face.style == 'curly': lines = _curls(face, mask, .035, 900)
-    else: lines = _roots(face, mask, n)[:, None] + np.array([[-wide, -high], [0, 0], [wide, high]]) + random.normal(0, .012, (n, 3, 2))
+    elif reach is None: lines = _coil(random)
+    else: lines = _roots(face, mask, 900)[:, None] + [[-.02, -.25], [0, 0], [.02, .25]] + random.normal(0, .012, (900, 3, 2))
     for line in lines:
         if _sample(mask, line[:, 0], line[:, 1], DENSITY).min() > .4:
             _stroke(layer, line, [*(face.hair*random.uniform(.35, .75)).clip(0, 255).tolist(), 255.])
     return layer
 
 # %% ../../nbs/01_data/03_portrait.ipynb #acd75e10
-Articulation = namedtuple('Articulation', 'jaw wide round close lip_teeth upper_lip open tongue')
+Articulation = namedtuple('Articulation', VISEMES)
 Mouth = namedtuple('Mouth', 'width inner rise drop upper lower jaw corner round tongue cheek')
 
 def mouth_shape(face: Identity,
@@ -520,7 +539,7 @@ def mouth_shape(face: Identity,
     gap = max(0., .86*v.jaw + .30*v.open)*part*face.articulation
     width = face.mouth_w*(1 + .17*v.wide - .34*v.round + .03*gap)
     drop = (.30*gap*(1 - .22*v.round) + .02*v.upper_lip*part)*(1 - .88*v.lip_teeth)
-    rise = .045*gap + .045*v.upper_lip*part + .020*v.round*gap + .026*v.lip_teeth*part
+    rise = .045*gap + .045*v.upper_lip*part + .10*v.round*gap + .026*v.lip_teeth*part
     press = max(0., v.close - .6)/.4
     upper = face.upper*(1 - .42*press + .22*v.round - .10*v.wide)
     lower = face.lower*(1 - .40*press + .22*v.round - .12*v.wide - .40*v.lip_teeth)
@@ -562,13 +581,15 @@ def _inside(face, mouth: Mouth, x, y, curves, aa: float):
     flesh = flesh + (46*_bump(x, y, -.05, top + .035, .05, .014) + 30*_bump(x, y, .06, top + .045, .03, .012))[..., None]
     lower, bright = _teeth(x, y, floor - .012, f, -1., m.inner*.70, aa)
     lower = lower*_step(.11, .08, y - floor); front = _step(.72, .95, raised)
-    upper, shine = _teeth(x, y, f.mouth_y + .036, f, 1., f.mouth_w*.84, aa)
+    upper, shine = _teeth(x, y, f.mouth_y + .036 - .045*m.round, f, 1., f.mouth_w*.84, aa)
     lower_color = f.teeth*(.74*bright)[..., None]
     color = _over(color, flesh, tongue); color = _over(color, lower_color, lower*(1 - .92*front*tongue))
     gum = np.array([178, 92, 92], F); crown = _step(-.088, -.062, y - f.mouth_y - .036 + .035*np.abs(np.sin(np.pi*x/f.tooth)))
-    upper_color = _over(gum + 0*y[..., None], f.teeth*((.80 + .25*np.clip((y - f.mouth_y)/.08 + .5, 0, 1))*shine)[..., None], crown)
+    enamel = f.teeth*((.80 + .25*np.clip((y - f.mouth_y)/.08 + .5, 0, 1))*shine)[..., None]
+    upper_color = _over(gum + 0*y[..., None], enamel, crown)
     color = _over(color, upper_color, upper)
-    return color*(1 - .52*np.exp(-np.clip(y - up, 0, None)/.026))[..., None]*(1 - .25*np.exp(-np.clip(low - y, 0, None)/.018))[..., None]
+    shade = (1 - .52*np.exp(-np.clip(y - up, 0, None)/.026))*(1 - .25*np.exp(-np.clip(low - y, 0, None)/.018))
+    return color*shade[..., None]
 
 def _over(below, above, cover):
     "Blend `above` onto `below` by coverage."
@@ -585,7 +606,7 @@ def _draw_mouth(face, mouth: Mouth, image, light, x, y, aa: float) -> None:
     image += 9*(np.exp(-((y - top + .012)/.012)**2)*_step(m.width, .3*m.width, np.abs(x)))[..., None]
     upper = y < (up + low)/2
     h = np.where(upper, (y - top)/np.maximum(up - top, .012), (y - low)/np.maximum(bottom - low, .012)).clip(0, 1)
-    grain = 1 + .035*np.sin(x*151 + 2*np.sin(x*37 + face.seed)) + .03*np.sin(x*83 + face.seed)
+    grain = 1 + .022*np.sin(x*151 + 2*np.sin(x*37 + face.phase) + 3*h) + .02*np.sin(x*83 + face.phase - 2*h)
     shade = np.where(upper, .76 + .16*np.sin(np.pi*h*.8), 1.04 - .24*h**2 - .12*(1 - h)**4)
     color = face.lips*(shade*grain)[..., None]*light
     gloss = np.where(upper, .25*np.exp(-((h - .35)/.2)**2), np.exp(-((h - .36)/.17)**2))*np.exp(-(x/(.45*m.width))**2)
@@ -613,9 +634,10 @@ def _draw_eye(face, image, light, x, y, blink: float, gaze, aa: float, glint) ->
     white = white*(1 - np.array([0, .22, .2])*_bump(s, 0, .92, 0, .16, 1)[..., None])
     cx, cy = gaze[0]*.045, gaze[1]*.022 - .010; radius = .068
     r = np.hypot(x - cx, y - cy); angle = np.arctan2(y - cy, x - cx)
-    fibre = 1 + .10*np.sin(angle*13 + face.seed) + .07*np.sin(angle*29) - .25*_bump(r, 0, .024, 0, .012, 1)
-    iris = face.eyes*((.75 + .35*r/radius)*fibre*(1 - .55*_step(radius*.74, radius, r))*(1.1 - .35*_step(.03, -.03, y - cy)))[..., None]
-    eye = _over(white, iris, _step(radius + aa, radius - aa, r)); eye = _over(eye, np.array([14, 11, 11], F), _step(.027 + aa, .027 - aa, r))
+    fibre = 1 + .10*np.sin(angle*13 + face.phase) + .07*np.sin(angle*29) - .25*_bump(r, 0, .024, 0, .012, 1)
+    depth = (.75 + .35*r/radius)*(1 - .55*_step(radius*.74, radius, r))*(1.1 - .35*_step(.03, -.03, y - cy))
+    eye = _over(white, face.eyes*(depth*fibre)[..., None], _step(radius + aa, radius - aa, r))
+    eye = _over(eye, np.array([14, 11, 11], F), _step(.027 + aa, .027 - aa, r))
     eye = eye*(.30 + .70*light)
     eye = _over(eye, np.array([250, 250, 248], F), .85*np.exp(-((x - cx - glint[0])**2 + (y - cy - glint[1])**2)/.0115**2))
     crease = np.exp(-((y - up + .030 + .016*(1 - blink))/.011)**2)*_step(1.1, .75, np.abs(s))
@@ -632,21 +654,21 @@ def _landmarks(face, mouth: Mouth, blink: float, brow: float) -> np.ndarray:
     points = np.zeros((68, 2)); f = face; half = np.linspace(0, 1, 9)
     y = -.10 + (f.chin + .10)*np.sin(half*np.pi/2)**.92; x = np.where(half < 1, _half_width(f, y), 0)
     points[:9] = np.stack([-x, y], 1); points[9:17] = np.stack([x, y], 1)[7::-1]
-    bx, by = _brow_curve(f, np.linspace(1, 0, 5)); points[17:22] = np.stack([-bx, by], 1); points[22:27] = np.stack([bx, by], 1)[::-1]
+    x, y = _brow_curve(f, np.linspace(1, 0, 5)); points[17:22] = np.stack([-x, y], 1); points[22:27] = np.stack([x, y], 1)[::-1]
     points[27:31, 1] = np.linspace(f.eye_y, f.nose_y - .015, 4)
     points[31:36, 0] = np.linspace(-.86, .86, 5)*f.nose_w; points[31:36, 1] = f.nose_y + np.array([.042, .052, .062, .052, .042])
     points[:36] = _displace(f, points[:36], np.array([mouth.jaw, mouth.cheek, .055*brow]))
-    s = np.array([-1, -.42, .42, 1, .42, -.42]); up, low = _lids(f, blink, s); lid = np.where(np.arange(6) < 3, up, low); lid[[0, 3]] = low[[0, 3]]
-    points[36:42] = _eye_points(f, s, lid); points[42:48] = (_eye_points(f, s, lid)*[-1, 1])[[3, 2, 1, 0, 5, 4]]
+    points[36:42] = _eye_points(f, blink); points[42:48] = (points[36:42]*[-1, 1])[[3, 2, 1, 0, 5, 4]]
     x = np.array([-1, -.62, -.22, 0, .22, .62, 1])*mouth.width; points[48:55] = np.stack([x, lip_curves(f, mouth, x)[2]], 1)
     x = np.array([.64, .30, 0, -.30, -.64])*mouth.width; points[55:60] = np.stack([x, lip_curves(f, mouth, x)[3]], 1)
     x = np.array([-1, -.45, 0, .45, 1])*mouth.inner; points[60:65] = np.stack([x, lip_curves(f, mouth, x)[0]], 1)
     points[65:68] = np.stack([x[3:0:-1], lip_curves(f, mouth, x[3:0:-1])[1]], 1)
     return np.column_stack([points, _sample(f.relief, points[:, 0], points[:, 1], RELIEF)])
 
-def _eye_points(face, s, lid) -> np.ndarray:
-    "Face coordinates of lid points of the left eye of the picture."
-    x = s*face.eye_w
+def _eye_points(face, blink: float) -> np.ndarray:
+    "Six lid points of the left eye of the picture: outer corner, upper lid, inner corner, lower lid."
+    s = np.array([-1, -.42, .42, 1, .42, -.42]); up, low = _lids(face, blink, s)
+    lid = np.where([0, 1, 1, 0, 0, 0], up, low); x = s*face.eye_w
     return np.stack([x - face.eye_x, face.eye_y + lid - face.tilt*x], 1)
 
 # %% ../../nbs/01_data/03_portrait.ipynb #a8329a46
@@ -662,12 +684,13 @@ def _invert(face, matrix, scale: float, shift, width: int, height: int, corner, 
     "Face coordinates (moved x, y and resting x, y; each (height,width)) seen at every pixel of a region."
     h, w = -(-height//2), -(-width//2)
     v, u = np.mgrid[:h, :w].astype(F)
-    u = ((u + F(.5))*F(width/w) - F(.5) + F(corner[0] - shift[0]))/F(scale); v = ((v + F(.5))*F(height/h) - F(.5) + F(corner[1] - shift[1]))/F(scale)
+    u = ((u + F(.5))*F(width/w) - F(.5) + F(corner[0] - shift[0]))/F(scale)
+    v = ((v + F(.5))*F(height/h) - F(.5) + F(corner[1] - shift[1]))/F(scale)
     flat = np.linalg.inv(matrix[:2, :2]).astype(F); lift = matrix[:2, 2].astype(F); x, y = u, v
-    for _ in range(6):
+    for pace in (1, .7, .7, .6, .6, .6):
         z = cv2.remap(face.relief, *_pixels(x, y, RELIEF), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) - F(PIVOT)
         a, b = u - lift[0]*z, v - lift[1]*z
-        x, y = (x + flat[0, 0]*a + flat[0, 1]*b)*F(.5) if _ else flat[0, 0]*a + flat[0, 1]*b, (y + flat[1, 0]*a + flat[1, 1]*b)*F(.5) if _ else flat[1, 0]*a + flat[1, 1]*b
+        x = x + F(pace)*(flat[0, 0]*a + flat[0, 1]*b - x); y = y + F(pace)*(flat[1, 0]*a + flat[1, 1]*b - y)
     rx, ry = x, y
     for _ in range(5):
         move = cv2.remap(face.fields, *_pixels(rx, ry, RELIEF), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -688,10 +711,11 @@ class Scene:
         side = random.uniform(-.75, .75); key = np.array([side, random.uniform(-.75, -.2), random.uniform(.7, 1.1)])
         self.key = key/np.linalg.norm(key)
         self.ambient, self.diffuse = float(random.uniform(.36, .50)), float(random.uniform(.62, .78))
-        self.tint = (1 + np.clip(random.normal(.018, .02), -.004, .05)*np.array([1, .1, -1.2])).astype(F)
+        self.tint = (1 + np.clip(random.normal(.010, .018), -.004, .045)*np.array([1, .1, -1.2])).astype(F)
         self.gloss = float(random.uniform(10, 34)); self.gain = float(random.uniform(1.0, 1.13))
         self.density = min(DENSITY, self.scale*1.15)
-        self.skin, self.alpha, self.hair = (_reduce(a, self.density) for a in (identity.skin_layer, identity.alpha, identity.hair_layer))
+        layers = identity.skin_layer, identity.alpha, identity.hair_layer
+        self.skin, self.alpha, self.hair = (_reduce(layer, self.density) for layer in layers)
         self.back = None if identity.back_layer is None else _reduce(identity.back_layer, self.density)
         self.background = _background(random, size)
         self.body = _body(identity, self, random)
@@ -741,14 +765,13 @@ def _clothes(face, random, x, y, aa: float, noise, level: float, scene):
     "Colour and coverage of a jumper, a shirt with collar or a V-neck."
     kind = random.integers(3); shoulder = 1.36 + .38*np.clip(np.abs(x) - .42, 0, None)**1.2 - .12*_step(.9, .4, np.abs(x))
     cover = _step(-aa, aa, y - shoulder)
-    opening = (_step(-aa, aa, y - 1.46 + .30*np.abs(x)**2), _step(-aa, aa, y - 1.78 + 1.25*np.abs(x)), _step(-aa, aa, y - 1.70 + 1.1*np.abs(x)))[kind]
-    cover = cover*opening
+    edge = y - (1.46 - .30*x*x, 1.78 - 1.25*np.abs(x), 1.70 - 1.1*np.abs(x))[kind]
+    cover = cover*_step(-aa, aa, edge)
     color = _muted(random, 25, 220)*np.ones((*x.shape, 3)); fold = 1 + .05*noise + .06*np.sin(9*x + 4*y + noise)
     if random.random() < .3: color = color*(1 - .18*(np.sin((y + .1*x*x)*random.uniform(25, 60)) > .2))[..., None]
-    rim = np.exp(-((opening - .5)/.5)**2)*0
-    collar = np.exp(-((y - (1.50 - .30*np.abs(x)**2))/.03)**2) if kind == 0 else _step(.16, .14, np.abs(y - 1.70 + 1.1*np.abs(x) - .09))*(kind == 2)
-    color = color*(1 - .10*collar)[..., None] if kind == 0 else color + (235 - color)*(.35*collar)[..., None]
-    shade = np.clip(.92 + .25*scene.key[0]*x - .10*np.abs(x), .45, 1.2)*(.75 + .25*_step(1.3, 1.6, y))*(1 - rim)
+    if kind == 0: color = color*(1 - .10*np.exp(-((edge - .04)/.03)**2))[..., None]
+    if kind == 2: color = color + (235 - color)*(.35*_step(.16, .14, np.abs(edge - .09)))[..., None]
+    shade = np.clip(.92 + .25*scene.key[0]*x - .10*np.abs(x), .45, 1.2)*(.75 + .25*_step(1.3, 1.6, y))
     return color*(level*shade*fold)[..., None], cover
 
 # %% ../../nbs/01_data/03_portrait.ipynb #3396eec8
@@ -757,7 +780,7 @@ Frame.__doc__ = "image (H,W,3) uint8 RGB; landmarks (68,2) px; visible (68,) boo
 
 def _light(face, scene, matrix, turn: float, gain: float) -> np.ndarray:
     "Diffuse light (r, g, b) and highlight on the relief canvas, (h,w,4)."
-    c, s = np.cos(turn), np.sin(turn); key = np.array([c*scene.key[0] + s*scene.key[2], scene.key[1], c*scene.key[2] - s*scene.key[0]])
+    key = rotation(turn, 0., 0.) @ scene.key
     local = (matrix.T @ key).astype(F); half = local + matrix.T[:, 2].astype(F); half /= np.linalg.norm(half)
     facing = cv2.transform(face.normals, np.stack([local, half, matrix.T[:, 2].astype(F)]))
     out = np.empty((*face.occlusion.shape, 4), F); shade = face.occlusion
@@ -787,7 +810,8 @@ def _behind(scene, matrix, scale: float, shift, gain: float) -> np.ndarray:
         hair = _flat_layer(scene.back, scene, matrix, scale, shift, -.3).astype(F)
         image = image*(1 - hair[..., 3:]*F(1/255)) + hair[..., :3]*F(scene.ambient + .5*scene.diffuse)
     move = (shift - scene.center)*[.8, .6]
-    body = cv2.warpAffine(scene.body, np.float64([[1, 0, move[0]], [0, 1, move[1]]]), (scene.size, scene.size), borderMode=cv2.BORDER_REPLICATE)
+    move = np.column_stack([np.eye(2), move])
+    body = cv2.warpAffine(scene.body, move, (scene.size, scene.size), borderMode=cv2.BORDER_REPLICATE)
     return image*(1 - body[..., 3:]) + body[..., :3]*(scene.tint*F(scene.gain*gain))
 
 def _region_of(x, y, cx: float, cy: float, rx: float, ry: float):
@@ -797,20 +821,20 @@ def _region_of(x, y, cx: float, cy: float, rx: float, ry: float):
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 # %% ../../nbs/01_data/03_portrait.ipynb #dd03b20b
-def _paint_head(face, scene, mouth, coords, light, blink, brow, gaze, aa, turn):
+def _paint_head(face, scene, mouth, coords, light, blink: float, gaze, aa: float, turn: float):
     "Lit head (h,w,3), its coverage (h,w) and that of the hair (h,w), for a region of the frame."
     x, y, rx, ry = coords
     lit = cv2.remap(light, *_pixels(rx, ry, RELIEF), cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    skin = _read(scene.skin, rx, ry, scene.density).astype(F); alpha = _read(scene.alpha, rx, ry, scene.density).astype(F)*F(1/255)
+    skin = _read(scene.skin, rx, ry, scene.density).astype(F)
+    alpha = _read(scene.alpha, rx, ry, scene.density).astype(F)*F(1/255)
     hair = _read(scene.hair, x, y, scene.density).astype(F); cover = hair[..., 3]*F(1/255)
     strength = F(.06 + .13*face.age) + F(.12*min(max(mouth.jaw*3, 0), 1) + 3*max(mouth.cheek, 0))
     fold = 1 - strength*skin[..., 3]*F(1/255)
     image = skin[..., :3]*lit[..., :3]*fold[..., None] + lit[..., 3:]
-    glint = (-.018 + .03*np.sin(turn), -.020)
     for side in (-1, 1):
         if part := _region_of(x, y, side*face.eye_x, face.eye_y, face.eye_w*1.35, .17):
-            ex = -side*(x[part] - side*face.eye_x)
-            _draw_eye(face, image[part], lit[part][..., :3], ex, y[part] - face.eye_y + face.tilt*ex, blink, (-side*gaze[0], gaze[1]), aa, (-side*glint[0], glint[1]))
+            ex = face.eye_x - side*x[part]; ey = y[part] - face.eye_y + face.tilt*ex; glint = .03*np.sin(turn) + .024*np.sign(scene.key[0])
+            _draw_eye(face, image[part], lit[part][..., :3], ex, ey, blink, (-side*gaze[0], gaze[1]), aa, (-side*glint, -.020))
     if part := _region_of(x, y, 0, face.mouth_y + .12, face.mouth_w*1.45, .36):
         _draw_mouth(face, mouth, image[part], lit[part][..., :3], x[part], y[part], aa)
     if face.glasses: _draw_glasses(face, image, x, y, aa)
@@ -822,12 +846,14 @@ def _draw_glasses(face, image, x, y, aa: float) -> None:
     part = _region_of(x, y, 0, face.eye_y, .9, .26)
     if not part: return
     x, y, image = x[part], y[part], image[part]; u, v = (np.abs(x) - face.eye_x - .01)/.235, (y - face.eye_y - .015)/.165
-    r = (np.abs(u)**3 + np.abs(v)**3)**(1/3); width = .018*face.tie
+    r = (np.abs(u)**3 + np.abs(v)**3)**(1/3); width = .018*face.rim
     rim = _step(width + aa, width - aa, np.abs(r - 1)*.19)
-    bridge = _step(width*.8 + aa, width*.8 - aa, np.abs(y - face.eye_y + .03 + .03*(1 - (x/.1)**2)))*(np.abs(x) < face.eye_x - .22)
-    arm = _step(width*.8 + aa, width*.8 - aa, np.abs(y - face.eye_y + .02))*(np.abs(x) > face.eye_x + .235)
-    image *= (1 - .06*_step(1, .97, r))[..., None]; image += (14*_step(1, .97, r)*_step(.12, 0, np.abs(u + v*.5 + .35)))[..., None]
-    image += (np.array([38, 32, 30], F)*(.8 + .5*_step(.05, -.1, v))[..., None] - image)*np.maximum(np.maximum(rim, bridge), arm)[..., None]
+    bar = lambda d: _step(width*.8 + aa, width*.8 - aa, np.abs(d))
+    bridge = bar(y - face.eye_y + .03 + .03*(1 - (x/.1)**2))*(np.abs(x) < face.eye_x - .22)
+    arm = bar(y - face.eye_y + .02)*(np.abs(x) > face.eye_x + .235)
+    lens = _step(1, .97, r); horn = np.array([38, 32, 30], F)*(.8 + .5*_step(.05, -.1, v))[..., None]
+    image *= (1 - .06*lens)[..., None]; image += (14*lens*_step(.12, 0, np.abs(u + v*.5 + .35)))[..., None]
+    image += (horn - image)*np.maximum(np.maximum(rim, bridge), arm)[..., None]
 
 # %% ../../nbs/01_data/03_portrait.ipynb #a2c86d2e
 def render(identity: Identity, scene: Scene,
@@ -845,7 +871,8 @@ def render(identity: Identity, scene: Scene,
     image = _behind(scene, matrix, scale, shift, light[1])
     x0, x1, y0, y1 = _head_window(scene, matrix, scale, shift)
     coords = _invert(face, matrix, scale, shift, x1 - x0, y1 - y0, (x0, y0), amounts)
-    head, alpha, hair = _paint_head(face, scene, mouth, coords, _light(face, scene, matrix, *light), blink, brow, gaze, aa, light[0])
+    lamp = _light(face, scene, matrix, *light)
+    head, alpha, hair = _paint_head(face, scene, mouth, coords, lamp, blink, gaze, aa, light[0])
     part = image[y0:y1, x0:x1]; part += (head - part)*alpha[..., None]
     dy, dx = (frame*37) % size, (frame*101) % size
     image += scene.grain[dy:dy + size, dx:dx + size]
@@ -866,7 +893,7 @@ def _visible(face, matrix, points, flat, hair, corner, size: int) -> np.ndarray:
     "Which landmarks can be seen."
     normal = _sample(face.normals, points[:, 0]*.97, np.minimum(points[:, 1], 1.0), RELIEF)
     facing = normal @ matrix[2].astype(F) > .12
-    u, v = np.clip(np.rint(flat[:, 0] - corner[0]), 0, hair.shape[1] - 1).astype(int), np.clip(np.rint(flat[:, 1] - corner[1]), 0, hair.shape[0] - 1).astype(int)
+    u, v = np.clip(np.rint(flat - corner), 0, [hair.shape[1] - 1, hair.shape[0] - 1]).astype(int).T
     inside = (flat >= 0).all(1) & (flat <= size - 1).all(1)
     return facing & (hair[v, u] < .5) & inside
 
@@ -885,6 +912,9 @@ class Motion:
     gaze: np.ndarray     # (T,2) -1..1
     light: np.ndarray    # (T,2) turn of the key light in radians, gain
     def __len__(self): return len(self.pose)
+    def __iter__(self):
+        "One Motion per frame."
+        return (Motion(*values) for values in zip(self.pose, self.blink, self.brow, self.gaze, self.light))
 
 def _drift(random, frames: int, seconds: float, size: float) -> np.ndarray:
     "Smooth noise of about unit variance times `size`, with a correlation time in seconds."
@@ -911,7 +941,7 @@ def performance(seed: int, frames: int,
     yaw = swing(.7, .085*k) + random.normal(0, .07*k); roll = swing(.7, .035*k) + .25*swing(1., .05)
     pitch = swing(.6, .045*k) + random.normal(0, .03) + .07*k*(voice - voice.mean()) + .02*k*np.gradient(voice)*6
     x, y, zoom = swing(.8, 3.5*k), swing(.8, 2.5*k) + 2.*voice, 1 + swing(1.2, .018*k)
-    pose = np.stack([np.clip(yaw, -.55, .55), np.clip(pitch, -.32, .32), np.clip(roll, -.3, .3), x, y, np.clip(zoom, .88, 1.12)], 1)
+    pose = np.stack([yaw, pitch, roll, x, y, zoom], 1).clip([-.55, -.32, -.3, -30, -30, .88], [.55, .32, .3, 30, 30, 1.12])
     brow = np.clip(swing(.5, .28) + .55*(voice - .4), -.7, 1); light = np.stack([swing(1.5, .5), 1 + swing(1.5, .09)], 1)
     if style == 'calm': light = np.stack([np.zeros(frames), np.ones(frames)], 1)
     return Motion(*(a.astype(F) for a in (pose, _blinks(random, visemes, frames), brow, _gaze(random, frames), light)))
@@ -919,9 +949,9 @@ def performance(seed: int, frames: int,
 def _blinks(random, visemes, frames: int) -> np.ndarray:
     "Blinks of about seven frames, every two to five seconds, moved to the nearest pause."
     track = np.zeros(frames); shape = np.array([.25, .8, 1., 1., .75, .4, .12]); at = random.uniform(.3, 2.5)*FPS
-    still = 1 - np.clip(np.asarray(visemes)[:frames, 0], 0, 1) if len(visemes) else np.ones(frames)
+    still = np.zeros(frames); still[:len(visemes)] = 1 - np.clip(np.asarray(visemes)[:frames, 0], 0, 1)
     while at < frames - 3:
-        window = slice(max(0, int(at) - 5), min(len(still), int(at) + 6)); best = window.start + int(np.argmax(still[window])) if len(still[window]) else int(at)
+        first = max(0, int(at) - 5); best = first + int(np.argmax(still[first:int(at) + 6]))
         for i, value in enumerate(shape, best - 2):
             if 0 <= i < frames: track[i] = max(track[i], value)
         at += random.uniform(1.8, 5.)*FPS
@@ -944,8 +974,7 @@ def render_clip(identity: Identity, scene: Scene,
     "Render every frame of a clip."
     visemes = np.asarray(visemes)
     if visemes.ndim != 2 or visemes.shape[1] != 8: raise InputError(f"visemes must be (T,8), got {visemes.shape}")
-    if len(motion) < len(visemes): raise InputError(f"motion has {len(motion)} frames, visemes {len(visemes)}; make the performance as long")
-    shots = [render(identity, scene, v, motion.pose[i], float(motion.blink[i]), float(motion.brow[i]), motion.gaze[i], i, motion.light[i])
-             for i, v in enumerate(visemes)]
-    stack = lambda name, kind: np.stack([getattr(s, name) for s in shots]).astype(kind)
-    return Rendered(stack('image', np.uint8), stack('landmarks', F), stack('visible', bool), stack('box', F), stack('aperture', F))
+    if not 0 < len(visemes) <= len(motion):
+        raise InputError(f"visemes have {len(visemes)} frames and the motion {len(motion)}; make a performance of at least as many")
+    shots = [render(identity, scene, v, m.pose, m.blink, m.brow, m.gaze, i, m.light) for i, (v, m) in enumerate(zip(visemes, motion))]
+    return Rendered(*(np.stack(column).astype(kind) for column, kind in zip(zip(*shots), (np.uint8, F, bool, F, F))))
