@@ -257,7 +257,7 @@ def _made(record, root: Path, tracker, settings: str, size: int) -> dict:
     except InputError as error:
         row['reason'] = ' '.join(str(error).replace(f'{Path(record.video).parent}{os.sep}', '').split())
         return entry
-    blob = save(arrays)
+    blob = save({name: np.ascontiguousarray(a) for name, a in arrays.items()})   # save mixes up Fortran-ordered arrays
     with atomic_path(clip_path(root, record.clip)) as part: part.write_bytes(blob)
     row.update(frames=len(arrays['faces']), bytes=len(blob), sha256=hashlib.sha256(blob).hexdigest())
     return entry
@@ -341,7 +341,7 @@ def prepare(corpus,                       # iterable of records (a `Corpus`)
             limit: int | None = None      # only the first records
            ) -> dict:                     # given, used, done, frames, reasons
     "Turn a corpus into a clip store. Runs again do only what is missing; an unusable clip becomes a row with a reason."
-    from talkingface.data.faces import StoredTracks
+    from talkingface.data.faces import BOX_ASPECT, BOX_HEIGHT, BOX_MIDDLE, StoredTracks
     root = Path(out); records = list(corpus)[:limit]
     if not records: raise InputError(f"prepare: the corpus {getattr(corpus, 'name', corpus)!r} has no clips")
     if twice := [n for n, c in Counter(r.clip for r in records).items() if c > 1]:
@@ -350,7 +350,7 @@ def prepare(corpus,                       # iterable of records (a `Corpus`)
         raise InputError("prepare: boxes is for stored tracks; give it to the tracker instead")
     tracker = tracker or StoredTracks(boxes=boxes)
     if hasattr(tracker, 'check'): tracker.check()
-    settings = f'v{VERSION} size={size} {tracker!r}'; entries = _journal(root)
+    settings = f'v{VERSION} size={size} box={BOX_HEIGHT}x{BOX_ASPECT}@{BOX_MIDDLE} {tracker!r}'; entries = _journal(root)
     todo = [r for r in records if not _still_good(r, root, entries.get(r.clip), settings)]
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     entries |= _make_all(todo, root, partial(_made, root=root, tracker=tracker, settings=settings, size=size), workers)

@@ -32,7 +32,7 @@ class Track:
     valid: np.ndarray      # (T,) bool, a face was found
 
     def __post_init__(self):
-        self.landmarks, self.boxes = np.asarray(self.landmarks, np.float32), np.asarray(self.boxes, np.float32)
+        self.landmarks, self.boxes = (np.ascontiguousarray(a, np.float32) for a in (self.landmarks, self.boxes))
         self.valid = np.asarray(self.valid, bool); frames = len(self.landmarks)
         if self.landmarks.shape != (frames, 68, 2):
             raise InputError(f"landmarks: expected (T,68,2) in iBUG order, got {self.landmarks.shape}")
@@ -75,9 +75,9 @@ def mean_face(published: bool = False  # read 20words_mean_face.npy from the wei
     return points
 
 # %% ../../nbs/01_data/05_faces.ipynb #5d5cb944
-BOX_HEIGHT = 1.36  # in jaw widths
+BOX_HEIGHT = 1.4   # in jaw widths
 BOX_ASPECT = .8    # width over height
-BOX_MIDDLE = .85   # of the way from the eyes to the base of the nose
+BOX_MIDDLE = .9    # of the way from the eyes to the base of the nose
 
 def face_box(landmarks: np.ndarray  # (T,68,2) px
             ) -> np.ndarray:        # (T,4) float32 x0, y0, x1, y1 px; NaN where landmarks are NaN
