@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import InputError, ParamsError, unknown_key
+from ..core import InputError, ParamsError, derive_seed, unknown_key
 
 # %% ../../nbs/04_losses/00_reconstruction.ipynb #45767b6a
 class LossTerm:
@@ -83,7 +83,7 @@ def check_loss(term: LossTerm,
     "Run `term` through the contract; an `AssertionError` says which part is broken. Returns its value on noise."
     assert term.name and isinstance(term.needs, tuple), "a term has a name and a tuple of needs"
     for field in term.needs: assert getattr(batch, field, None) is not None, f"the batch has no {field}"
-    draw = torch.rand(shape or batch.target.shape, generator=torch.Generator().manual_seed(0))
+    draw = torch.rand(shape or batch.target.shape, generator=torch.Generator().manual_seed(derive_seed(0, 'check_loss')))
     before = {field: getattr(batch, field).clone() for field in term.needs}
     for dtype in (torch.float32, torch.bfloat16):
         output = draw.to(dtype).requires_grad_()

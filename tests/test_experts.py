@@ -1,0 +1,284 @@
+"""Sync experts and the mouth landmarker: contract, geometry of windows, sign of the offset, precision, damage."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from talkingface.core import InputError, ParamsError
+from talkingface.experts.base import (SyncExpert, WindowExpert, best_offset, check_expert, embed_clip, face_windows, frozen, offset_scores,
+                                      similarity_curve, speech_windows, unit_length)
+from talkingface.experts.landmarks import LipLandmarker, mouth_shape
+from talkingface.experts.syncnet import EXPERTS, LightSyncNet, SyncNet, build_expert
+from talkingface.layers import FiLM, gflop, lower_half_bgr, parameter_count, warp
+
+torch.set_num_threads(1)
+NETS = [lambda: SyncNet(.125), lambda: SyncNet(.125, relu=False), lambda: LightSyncNet(8, 16), lambda: LightSyncNet(8, 16, relu=True)]
+
+
+def seeded(seed=0): return torch.Generator().manual_seed(seed)
+
+
+# ---- contract
+
+@pytest.mark.parametrize('make', NETS)
+def test_contract(make): check_expert(make())
+
+
+@pytest.mark.parametrize('size', [64, 160])
+def test_contract_at_other_crop_sizes(size): check_expert(LightSyncNet(8, 16), size=size)
+
+
+def test_check_restores_the_mode():
+    net = LightSyncNet(8, 16).train()
+    check_expert(net)
+    assert net.training
+
+
+def test_check_catches_wrong_range_and_leaks_between_windows():
+    class Wrong(LightSyncNet):
+        positive = True
+        def __init__(self): super().__init__(8, 16); self.positive = True
+    with pytest.raises(AssertionError, match='cosine out of its range'): check_expert(Wrong())
+
+    class Blurred(LightSyncNet):
+        "Averages embeddings over the clip: dense is not one by one."
+        def embed_video(self, faces): v = super().embed_video(faces); return unit_length(v + v.mean(1, keepdim=True))
+    with pytest.raises(AssertionError, match='dense embeddings differ'): check_expert(Blurred(8, 16))
+
+
+@pytest.mark.parametrize('name', EXPERTS)
+def test_config_rebuilds(name):
+    options = dict(syncnet=dict(width=.125), light_syncnet=dict(width=8, dim=16))[name]
+    net = EXPERTS[name](**options)
+    again = build_expert(net.config)
+    again.load_state_dict(net.state_dict(), strict=True)
+    assert again.config == net.config
+
+
+@pytest.mark.parametrize('config, message', [(dict(name='sincnet'), "did you mean 'syncnet'"), (dict(name='syncnet', wide=1), "unknown key 'wide'"),
+                                             (dict(), 'unknown key')])
+def test_bad_config(config, message):
+    with pytest.raises(ParamsError, match=message): build_expert(config)
+
+
+def test_sizes():
+    assert parameter_count(SyncNet()) == 16_435_072
+    pair = torch.rand(1, 5, 3, 96, 96), torch.randn(1, 80, 16)
+    assert .10 < gflop(LightSyncNet().eval(), *pair) < .13
+    assert 2.3 < gflop(SyncNet().eval(), *pair) < 2.5
+
+
+# ---- windows
+
+def test_face_window_is_bgr_lower_half_in_time_order():
+    faces = torch.zeros(1, 6, 3, 96, 96)
+    faces[0, 3, 0, 60, 10] = 1.                              # red, frame 3, row 60
+    windows = face_windows(faces)
+    for start in range(2):
+        hot = windows[0, start].nonzero()
+        assert hot.tolist() == [[3*(3 - start) + 2, 12, 10]]    # red is last of its frame; row 60 - 48
+
+
+def test_mel_window_columns():
+    mel = torch.arange(200.).expand(1, 80, 200)
+    starts = speech_windows(mel)[0, :, 0, 0].tolist()
+    assert starts == [int(80*f/25) for f in range(len(starts))]
+    assert speech_windows(mel[..., :16]).shape == (1, 1, 80, 16)
+
+
+@pytest.mark.parametrize('frames', [5, 6, 7, 25, 29, 100])
+def test_as_many_positions_in_sound_as_in_picture(frames):
+    net = LightSyncNet(8, 16).eval()
+    v, a = embed_clip(net, torch.zeros(frames, 3, 96, 96, dtype=torch.uint8), torch.randn(640*frames, generator=seeded()))
+    assert v.shape == a.shape == (frames - 4, 16)
+
+
+@pytest.mark.parametrize('faces', [torch.zeros(1, 4, 3, 96, 96), torch.zeros(5, 3, 96, 96), torch.zeros(1, 5, 1, 96, 96)])
+def test_bad_faces(faces):
+    with pytest.raises(InputError): LightSyncNet(8, 16).embed_video(faces)
+
+
+def test_bad_mel():
+    with pytest.raises(InputError, match='at least 16 columns'): LightSyncNet(8, 16).embed_audio(torch.zeros(1, 80, 15))
+
+
+# ---- along a clip
+
+@torch.no_grad()
+def test_chunks_and_dtypes_agree():
+    net = LightSyncNet(8, 16).eval()
+    faces, wav = torch.randint(256, (30, 3, 96, 96), generator=seeded(), dtype=torch.uint8), torch.randn(30*640, generator=seeded())*.1
+    whole = similarity_curve(net, faces, wav)
+    net.chunk = 4
+    torch.testing.assert_close(similarity_curve(net, faces, wav), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(similarity_curve(net, faces.float()/255, net.audio_features(wav[None])[0]), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(similarity_curve(net, faces.numpy(), wav.numpy()), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_offset_sign_closed_form():
+    "If the sound of frame i is heard at i + k, the peak is at +k (late audio is positive)."
+    v = unit_length(torch.randn(40, 8, generator=seeded()))
+    for k in (-7, 0, 4, 15):
+        scores = offset_scores(v, v.roll(k, 0))
+        assert scores.shape == (31,) and best_offset(scores) == k
+        torch.testing.assert_close(scores[15 + k], torch.tensor(1.))
+    batch = offset_scores(torch.stack([v, v]), torch.stack([v.roll(2, 0), v.roll(-2, 0)]))
+    assert best_offset(batch).tolist() == [2, -2]
+
+
+def test_offset_is_the_mean_over_the_overlap():
+    v, a = torch.randn(12, 3, generator=seeded()), torch.randn(12, 3, generator=seeded(1))
+    scores = offset_scores(v, a, max_offset=5)
+    for k in range(-5, 6):
+        terms = [v[i] @ a[i + k] for i in range(12) if 0 <= i + k < 12]
+        torch.testing.assert_close(scores[5 + k], torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize('n, m', [(15, 15), (0, 0)])
+def test_offset_needs_positions(n, m):
+    with pytest.raises(InputError, match='longer clip'): offset_scores(torch.zeros(n, 4), torch.zeros(n, 4), m)
+
+
+class Loudness(WindowExpert):
+    "Brightness of five frames against the level of their sound: in sync by construction, without training."
+    config = dict(name='loudness')
+    def encode_faces(self, windows): x = windows.unflatten(1, (5, 3)).mean((2, 3, 4)); return x - x.mean(1, keepdim=True)
+    def encode_mel(self, mels): x = nn.functional.adaptive_avg_pool1d(mels.mean(2), 5)[:, 0]; return x - x.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize('delay', [-6, 0, 3, 11])
+def test_delayed_sound_of_a_real_waveform_has_a_positive_offset(delay):
+    level = torch.randint(1, 10, (70,), generator=seeded())/10
+    wav = torch.randn(70*640, generator=seeded(1))*.2*(10**(level - 1)).repeat_interleave(640)
+    if delay > 0: wav = torch.cat([torch.zeros(delay*640), wav[:-delay*640]])
+    if delay < 0: wav = torch.cat([wav[-delay*640:], torch.zeros(-delay*640)])
+    faces = level.view(-1, 1, 1, 1).expand(-1, 3, 96, 96)
+    assert best_offset(offset_scores(*embed_clip(Loudness(), faces, wav))) == delay
+
+
+# ---- gradients and precision
+
+def test_frozen_expert_passes_gradients_and_keeps_its_statistics():
+    net = LightSyncNet(8, 16).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert frozen(net) is net and not net.training
+    faces = torch.rand(2, 6, 3, 96, 96, generator=seeded()).requires_grad_()
+    v, a = net(faces, torch.randn(2, 80, 19, generator=seeded()))
+    net.similarity(v, a).sum().backward()
+    assert faces.grad[..., 48:, :].abs().sum() > 0 and faces.grad[..., :48, :].abs().sum() == 0
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_gradient_reaches_the_wav():
+    net, wav = LightSyncNet(8, 16).eval(), (torch.randn(1, 6*640, generator=seeded())*.1).requires_grad_()
+    net.embed_audio(net.audio_features(wav))[..., 0].sum().backward()
+    assert torch.isfinite(wav.grad).all() and wav.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('make', NETS)
+def test_bf16_autocast_and_channels_last(make):
+    net = make().eval().to(memory_format=torch.channels_last)
+    faces, mel = torch.rand(2, 7, 3, 96, 96, generator=seeded()), torch.randn(2, 80, 22, generator=seeded())
+    with torch.no_grad():
+        exact = net.similarity(*net(faces, mel))
+        with torch.autocast('cpu', torch.bfloat16): rough = net.similarity(*net(faces, mel))
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().max() < .03
+
+
+def test_light_net_learns_in_bf16():
+    "One batch is told apart by InfoNCE within a few steps, in the setting of the CPU profiles."
+    torch.manual_seed(0)
+    net = LightSyncNet(8, 32).train().to(memory_format=torch.channels_last)
+    faces, mel = torch.rand(8, 5, 3, 96, 96, generator=seeded()), torch.randn(8, 80, 16, generator=seeded())
+    optimiser, course = torch.optim.Adam(net.parameters(), 3e-3), []
+    for _ in range(15):
+        with torch.autocast('cpu', torch.bfloat16): v, a = net(faces, mel)
+        loss = nn.functional.cross_entropy(10*v[:, 0] @ a[:, 0].T, torch.arange(8))
+        optimiser.zero_grad(); loss.backward(); optimiser.step(); course.append(loss.item())
+    assert course[-1] < .5*course[0]
+
+
+def test_zero_embedding_is_finite():
+    x = torch.zeros(2, 4, requires_grad=True)
+    unit_length(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_interface_without_an_implementation():
+    with pytest.raises(NotImplementedError): SyncExpert().embed_video(torch.zeros(1, 5, 3, 96, 96))
+
+
+# ---- layers
+
+@pytest.mark.parametrize('size', [32, 48, 96, 112, 160, 256])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_zero_flow_is_exactly_the_identity(size, dtype):
+    image = torch.rand(1, 3, size, size, generator=seeded()).to(dtype)
+    assert torch.equal(warp(image, torch.zeros(1, 2, size, size)).to(dtype), image)
+
+
+def test_whole_pixel_flow_is_exact_and_repeats_the_border():
+    image, flow = torch.rand(1, 2, 20, 30, generator=seeded()), torch.zeros(1, 2, 20, 30)
+    flow[:, 0], flow[:, 1] = 3, -2
+    rows, columns = (torch.arange(20) - 2).clamp(0), (torch.arange(30) + 3).clamp(max=29)
+    assert torch.equal(warp(image, flow), image[:, :, rows][..., columns])
+
+
+def test_warp_under_autocast():
+    image = torch.rand(1, 3, 96, 96, generator=seeded())
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(warp(image, torch.zeros(1, 2, 96, 96)), image)
+
+
+def test_film_gradcheck():
+    film = FiLM(3, 2).double()
+    nn.init.normal_(film.to_scale_shift.weight)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.double, generator=seeded()).requires_grad_()
+    assert torch.autograd.gradcheck(film, (draw(2, 2, 3, 3), draw(2, 3)))
+
+
+def test_lower_half_of_a_flat_face_stays_flat_at_any_size():
+    for size in (48, 96, 128): torch.testing.assert_close(lower_half_bgr(torch.full((1, 3, size, size), .3)), torch.full((1, 3, 48, 96), .3))
+
+
+# ---- mouth landmarks
+
+@torch.no_grad()
+def test_landmarker_brightness_contrast_tint():
+    net = LipLandmarker(8).eval()
+    faces = torch.rand(3, 3, 96, 96, generator=seeded())
+    points = net(faces)
+    tint = torch.tensor([.1, 0., -.05]).view(1, 3, 1, 1)
+    for changed in (faces*.6, faces + .2, faces*.5 + .3 + tint): assert (net(changed) - points).norm(dim=-1).max() < .1
+
+
+def test_landmarker_starts_near_its_mean_shape_and_keeps_it():
+    mean = mouth_shape() + torch.tensor([1.5, -2.])
+    net = LipLandmarker(8, mean_shape=mean).eval()
+    with torch.no_grad(): assert (net(torch.rand(4, 3, 96, 96, generator=seeded())) - mean).norm(dim=-1).max() < 4
+    assert torch.equal(net.state_dict()['mean_shape'], mean)
+    with torch.autocast('cpu', torch.bfloat16): assert net(torch.rand(1, 3, 96, 96)).dtype == torch.float32
+
+
+def test_landmarker_refuses_other_shapes():
+    with pytest.raises(InputError, match=r'expected faces \(N, 3'): LipLandmarker(8)(torch.zeros(1, 5, 3, 96, 96))
+
+
+# ---- light imports
+
+def test_imports_with_torch_and_numpy_alone():
+    "A training machine has neither decoders nor tables nor plots."
+    blocked = ('av', 'cv2', 'librosa', 'pandas', 'skimage', 'scipy', 'matplotlib', 'fastcore', 'torchvision')
+    code = f"""
+import sys
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked!r}: raise ImportError(f'{{name}} was imported')
+sys.meta_path.insert(0, Wall())
+import talkingface.experts.syncnet, talkingface.experts.landmarks, talkingface.losses.sync
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
