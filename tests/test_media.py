@@ -40,7 +40,7 @@ def encode(path, frames, times=None, fps=25, base=Fraction(1, 90000), codec="lib
     "Encode frames at `times` (seconds), or at a fixed rate."
     times = [i / fps for i in range(len(frames))] if times is None else times
     with av.open(str(path), "w", format=form) as container:
-        video = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={k: str(v) for k, v in options.items()})
+        video = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt, video.codec_context.time_base = pixels, base
         for image, at in zip(frames, times):
@@ -191,6 +191,8 @@ def test_cut_off_midway(tmp_path, noisy, keep):
     with pytest.raises(InputError, match="s of sound could be read"):
         load_audio(short)
     assert 0 < len(load_audio(short, allow_partial=True)) < 38400
+    with pytest.raises(InputError, match="cut off"):
+        probe(short)
 
 
 @pytest.mark.parametrize("junk", [0, 255])
@@ -213,7 +215,7 @@ def test_any_rate(tmp_path, fps, container):
     slack = {"mp4": .0001, "mkv": .0015}[container]                        # Matroska rounds to a millisecond, twice
     for i, n in enumerate(got[:-1]):
         assert (n / fps <= i / 25 + slack) and (i / 25 - slack < (n + 1) / fps), (i, n)
-    assert numbers(path, fps=None) == list(range(100))
+    assert numbers(path, fps=None) == list(range(100)) == numbers(path, fps=None, threads=2)
     info = probe(path)
     assert info.frames == 100 and abs(info.fps - fps) < .05 and abs(info.seconds - 100 / fps) < .002
 
@@ -429,9 +431,9 @@ def test_flash_and_click_at_other_rates(tmp_path):
 
 
 @pytest.mark.parametrize("name, codec, rate, channels", [
-    ("a.wav", "pcm_s16le", 8000, 2), ("b.wav", "pcm_s16le", 44100, 1), ("c.flac", "flac", 48000, 2), ("d.mp3", "libmp3lame", 44100, 2),
-    ("e.mp3", "libmp3lame", 16000, 1), ("f.m4a", "aac", 44100, 2), ("g.m4a", "aac", 48000, 1), ("h.ogg", "libopus", 48000, 2),
-    ("i.mkv", "aac", 44100, 1),
+    ("a.wav", "pcm_s16le", 8000, 2), ("b.wav", "pcm_s16le", 44100, 1), ("c.flac", "flac", 48000, 2),
+    ("d.mp3", "libmp3lame", 44100, 2), ("e.mp3", "libmp3lame", 16000, 1), ("f.m4a", "aac", 44100, 2),
+    ("g.m4a", "aac", 48000, 1), ("h.ogg", "libopus", 48000, 2), ("i.mkv", "aac", 44100, 1),
 ])
 def test_codecs_and_rates(tmp_path, name, codec, rate, channels):
     got = load_audio(encode_sound(tmp_path / name, codec, rate, channels))

@@ -30,7 +30,8 @@ def _checked(wav, least: int = 1, what: str = 'sound') -> np.ndarray:
     wav = np.asarray(wav)
     if wav.ndim != 1: raise InputError(f"{what}: expected mono samples (S,), got shape {wav.shape}; average the channels")
     if len(wav) < least: raise InputError(f"{what}: expected at least {least} samples, got {len(wav)}; pad with fit_length")
-    if wav.dtype != np.int16 and not np.isfinite(wav).all(): raise InputError(f"{what}: some samples are NaN or infinite; expected [-1,1]")
+    if wav.dtype != np.int16 and not np.isfinite(wav).all():
+        raise InputError(f"{what}: some samples are NaN or infinite; expected values in [-1,1]")
     return wav
 
 # %% ../../nbs/01_data/01_audio.ipynb #b1c5deb0
@@ -79,7 +80,8 @@ def _mono_blocks(container, stream):
         now = frame.format.name, frame.layout.name, frame.sample_rate
         if now != kind: kind, converter = now, av.AudioResampler(format='fltp')
         start = None if frame.pts is None else float(frame.pts * frame.time_base)
-        for part in converter.resample(frame): yield start, part.to_ndarray().mean(0, dtype=np.float32), frame.sample_rate; start = None
+        parts = [p.to_ndarray() for p in converter.resample(frame)]
+        if parts: yield start, np.concatenate(parts, 1).mean(0, dtype=np.float32), frame.sample_rate
 
 # %% ../../nbs/01_data/01_audio.ipynb #b7c1547b
 def _timeline(blocks, zero: float | None) -> tuple[np.ndarray, int, float]:
@@ -87,7 +89,8 @@ def _timeline(blocks, zero: float | None) -> tuple[np.ndarray, int, float]:
     parts, length, rate = [], 0, None
     for start, samples, block_rate in blocks:
         if rate is None: rate = block_rate
-        if rate != block_rate: raise InputError(f"the sound changes from {rate} to {block_rate} Hz midway; convert it to one rate")
+        if rate != block_rate:
+            raise InputError(f"the sound changes from {rate} to {block_rate} Hz midway; expected one rate: convert it first")
         if zero is None: zero = start or 0.
         at = length if start is None else round((start - zero) * rate)
         if not parts or abs(at - length) > _JOIN * rate:
@@ -101,7 +104,7 @@ def load_audio(path: str | Path,              # any container, rate and number o
                sample_rate: int = SAMPLE_RATE,
                allow_partial: bool = False    # of a damaged file, give what is readable before the damage
               ) -> np.ndarray:                # (S,) float32 in [-1,1]
-    "Read the sound of a file as mono at `sample_rate`; sample 0 is at the first picture, or at the first sample if there is none."
+    "Read the sound of a file as mono at `sample_rate`; sample 0 is at the first picture or, without pictures, the first sample."
     import av
     path, blocks, problem = Path(path), [], ''
     with open_media(path, 'audio') as (container, stream):
@@ -251,7 +254,8 @@ def inference_starts(columns: int,     # M
                      fps: float = FPS  # frame rate of the video
                     ) -> list[int]:
     "Window starts as Wav2Lip's inference takes them: one per frame while it fits, then one more that ends with the last column."
-    if columns < MEL_STEPS: raise InputError(f"mel has {columns} columns, one window needs {MEL_STEPS} (0.2 s); the sound is too short")
+    if columns < MEL_STEPS:
+        raise InputError(f"mel has {columns} columns, one window needs {MEL_STEPS} (0.2 s); the sound is too short")
     starts, frame = [], 0
     while (start := mel_start(frame, fps)) + MEL_STEPS <= columns: starts.append(start); frame += 1
     return starts + [columns - MEL_STEPS]

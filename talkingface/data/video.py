@@ -33,7 +33,8 @@ def open_media(path: str | Path,     # any container that FFmpeg reads
     path = Path(path)
     if not path.exists(): raise InputError(f"no such file: {path} (expected a file with {kind})")
     if not path.is_file(): raise InputError(f"{path} is a folder; expected a file with {kind}")
-    if not path.stat().st_size: raise InputError(f"{path} is empty (0 bytes); expected a file with {kind}: fetch or copy it again")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty (0 bytes); expected a file with {kind}: fetch or copy it again")
     try: container = av.open(str(path), metadata_errors='ignore', options={'protocol_whitelist': 'file'})
     except av.FFmpegError as error:
         raise InputError(f"{path} cannot be opened as media ({error.strerror}); expected a file with {kind}. "
@@ -175,8 +176,8 @@ def _pictures(path: Path, threads: int, allow_partial: bool) -> Iterator[tuple]:
     "(start, duration, picture) of every picture, in seconds from the first."
     import av
     with open_media(path) as (container, stream):
-        stream.codec_context.thread_count, read, problem = threads, 0, ''
-        clock = _Clock(container, stream)
+        stream.codec_context.thread_count, clock, read, problem = threads, _Clock(container, stream), 0, ''
+        if threads != 1: stream.thread_type = 'AUTO'
         try:
             for picture in container.decode(stream):
                 if picture.is_corrupt and not read: continue          # a recording that starts between two key frames
@@ -186,8 +187,8 @@ def _pictures(path: Path, threads: int, allow_partial: bool) -> Iterator[tuple]:
         except av.FFmpegError as error: problem = error.strerror
         if not problem and _cut_off(path, stream): problem = 'the file is cut off'
         if read and (allow_partial or not problem): return
-        raise InputError(f"{path}: only {read} pictures could be read ({problem or 'no picture in the video stream'}); expected "
-                         "an undamaged video. Fetch or copy it again" + (", or pass allow_partial=True to use these" if read else ''))
+        raise InputError(f"{path}: only {read} pictures could be read ({problem or 'no picture in the stream'}); expected an "
+                         "undamaged video. Fetch it again" + (", or pass allow_partial=True to use these" if read else ''))
 
 # %% ../../nbs/01_data/00_video.ipynb #bfbb4e1c
 def _on_grid(pictures: Iterable[tuple],   # (start, duration, picture), seconds
@@ -242,7 +243,7 @@ def _aspect(stream):
 def stream_frames(path: str | Path,             # any video
                   fps: float | None = FPS,      # frames per second wanted; None gives every picture of the file
                   chunk: int = 64,              # frames per piece, at most; large frames come in smaller pieces (256 MiB)
-                  threads: int = 1,             # decoder threads
+                  threads: int = 1,             # decoder threads, 0 for one per core
                   allow_partial: bool = False   # of a damaged file, give what is readable before the damage
                  ) -> Iterator[np.ndarray]:     # (n,H,W,3) uint8 RGB
     "Stream the frames of a video in pieces, resampled to `fps` by presentation time and turned upright."
@@ -282,7 +283,7 @@ class VideoInfo:
 
 def _extent(container, stream) -> tuple[int, float]:
     "Number of pictures and seconds, by reading the packets without decoding them."
-    packets = [p for p in container.demux(stream) if p.size]
+    packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
     nominal = float(1 / (stream.average_rate or stream.guessed_rate or FPS))
     times = [p.pts for p in packets if p.pts is not None]
     if len(times) < len(packets) or len(times) < 2: return len(packets), len(packets) * nominal
@@ -293,15 +294,18 @@ def probe(path: str | Path) -> VideoInfo:
     "Size, rate, length, rotation and sound of a video; reads through the file but decodes only one picture."
     import av
     with open_media(path) as (container, stream):
-        sound = _first(container, 'audio'); aspect = _aspect(stream)
+        sound, aspect = _first(container, 'audio'), _aspect(stream)
+        sound = (sound.codec_context.sample_rate, sound.codec_context.layout.nb_channels) if sound else (0, 0)
+        if _cut_off(path, stream):
+            raise InputError(f"{path}: the file is cut off, its index points behind its end: fetch or copy it again")
         frames, seconds = _extent(container, stream)
     with open_media(path) as (container, stream):
         try: picture = next(container.decode(stream), None)
-        except av.FFmpegError as error: raise InputError(f"{path}: the first picture is damaged ({error.strerror}); fetch it again") from error
-        if picture is None: raise InputError(f"{path}: its video stream holds no picture; expected a video")
-        a, b, *_ = turn = _turn(picture)
+        except av.FFmpegError as error:
+            raise InputError(f"{path}: the first picture is damaged ({error.strerror}): fetch it again") from error
+        if picture is None: raise InputError(f"{path}: its video stream holds no picture; expected a video: fetch it again")
+        a, b, c, d = _turn(picture)
         size = round(picture.width * float(aspect or 1)), picture.height
-    degrees = {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[a, b] if turn != (-1, 0, 0, 1) else 0     # that one is a mirror
-    return VideoInfo(*(size[::-1] if b else size), fps=round(frames / seconds, 3),
-                     frames=frames, seconds=seconds, rotation=degrees, has_audio=sound is not None,
-                     audio_rate=sound.codec_context.sample_rate if sound else 0, audio_channels=sound.codec_context.layout.nb_channels if sound else 0)
+    mirror = a * d - b * c < 0                       # a mirrored picture has no angle
+    degrees = 0 if mirror else {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[a, b]
+    return VideoInfo(*(size[::-1] if b else size), round(frames / seconds, 3), frames, seconds, degrees, sound[0] > 0, *sound)
