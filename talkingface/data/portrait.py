@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LEFT', 'TOP', 'WIDE', 'TALL', 'DENSITY', 'RELIEF', 'F', 'X', 'Y', 'XR', 'YR', 'SKIN', 'HAIR', 'EYES', 'LIPSTICK',
            'STYLES', 'Articulation', 'Mouth', 'PIVOT', 'Frame', 'Rendered', 'Identity', 'mouth_shape', 'lip_curves',
-           'rotation', 'Scene', 'render', 'face_frame', 'Motion', 'loudness', 'performance', 'render_clip']
+           'rotation', 'Scene', 'render', 'Motion', 'loudness', 'performance', 'render_clip', 'contact_sheet',
+           'mark_landmarks']
 
 # %% ../../nbs/01_data/03_portrait.ipynb #36a922dc
 from collections import namedtuple
@@ -149,7 +150,7 @@ def _half_width(face, y):
     y = np.asarray(y, float); t = np.clip((y + .12)/(face.chin + .12), 0, 1)
     power = (1.85 if face.female else 2.0) + .9*face.jaw
     low = face.half*np.sqrt(np.clip(1 - t**power, 0, None))*(1 - (.09 - .07*face.jaw)*np.sin(np.pi*t)**2)
-    up = face.half*np.clip(1 - np.clip(-(y + .12)/1.06, 0, 1)**2.4, 0, None)**.47
+    up = face.half*np.clip(1 - np.clip(-(y + .12)/1.06, 0, 1)**2.4, 0, None)**.44
     return np.where(y > -.12, low, up)
 
 def _outline(face) -> np.ndarray:
@@ -469,7 +470,7 @@ def _style(face):
     match face.style:
         case 'crop': return *_crop(face, random.uniform(.10, .2), .05 + .5*grow), None
         case 'receding': return *_crop(face, .10, .04), None
-        case 'bald': return *_crop(face, .04, .012, 900), None
+        case 'bald': return *_crop(face, .03, .008, 500), None
         case 'side': return *_swept(face, grow), None
         case 'curly':
             low, grow = (random.uniform(.3, .95), grow*1.8) if face.female else (random.uniform(-.05, .1), grow)
@@ -833,7 +834,8 @@ def _paint_head(face, scene, mouth, coords, light, blink: float, gaze, aa: float
     image = skin[..., :3]*lit[..., :3]*fold[..., None] + lit[..., 3:]
     for side in (-1, 1):
         if part := _region_of(x, y, side*face.eye_x, face.eye_y, face.eye_w*1.35, .17):
-            ex = face.eye_x - side*x[part]; ey = y[part] - face.eye_y + face.tilt*ex; glint = .03*np.sin(turn) + .024*np.sign(scene.key[0])
+            ex = face.eye_x - side*x[part]; ey = y[part] - face.eye_y + face.tilt*ex
+            glint = .03*np.sin(turn) + .024*np.sign(scene.key[0])
             _draw_eye(face, image[part], lit[part][..., :3], ex, ey, blink, (-side*gaze[0], gaze[1]), aa, (-side*glint, -.020))
     if part := _region_of(x, y, 0, face.mouth_y + .12, face.mouth_w*1.45, .36):
         _draw_mouth(face, mouth, image[part], lit[part][..., :3], x[part], y[part], aa)
@@ -880,7 +882,7 @@ def render(identity: Identity, scene: Scene,
     points = _landmarks(face, mouth, blink, brow); flat = (scale*((points - [0, 0, PIVOT]) @ matrix.T)[:, :2] + shift).astype(F)
     visible = _visible(face, matrix, points, flat, hair, (x0, y0), size)
     gap = float(np.linalg.norm(flat[66] - flat[62]))
-    return Frame(np.rint(image).astype(np.uint8), flat, visible, face_frame(flat), gap)
+    return Frame(np.rint(image).astype(np.uint8), flat, visible, _face_box(face, matrix, scale, shift), gap)
 
 def _head_window(scene, matrix, scale: float, shift) -> tuple[int, int, int, int]:
     "Pixel window x0, x1, y0, y1 that holds head and hair."
@@ -897,10 +899,12 @@ def _visible(face, matrix, points, flat, hair, corner, size: int) -> np.ndarray:
     inside = (flat >= 0).all(1) & (flat <= size - 1).all(1)
     return facing & (hair[v, u] < .5) & inside
 
-def face_frame(points: np.ndarray) -> np.ndarray:
-    "Face box x0, y0, x1, y1 around 68 landmarks, forehead to chin, like a face detector's."
-    (x0, _), (x1, y1) = points.min(0), points.max(0); brow = points[17:27, 1].mean()
-    return np.array([x0 - .02*(x1 - x0), brow - .36*(y1 - brow), x1 + .02*(x1 - x0), y1 + .02*(y1 - brow)], F)
+def _face_box(face, matrix, scale: float, shift) -> np.ndarray:
+    "Box x0, y0, x1, y1 from the forehead to just below the closed jaw; it follows the head and not the mouth."
+    rim = np.array([[-face.half, .05], [face.half, .05], [0, face.brow_y - .40], [0, face.chin + .10]])
+    points = np.column_stack([rim, _sample(face.relief, rim[:, 0], rim[:, 1], RELIEF) - PIVOT])
+    flat = scale*(points @ matrix.T)[:, :2] + shift
+    return np.concatenate([flat.min(0), flat.max(0)]).astype(F)
 
 # %% ../../nbs/01_data/03_portrait.ipynb #8786b8c6
 @dataclass
@@ -919,7 +923,8 @@ class Motion:
 def _drift(random, frames: int, seconds: float, size: float) -> np.ndarray:
     "Smooth noise of about unit variance times `size`, with a correlation time in seconds."
     width = seconds*FPS; reach = int(3*width) + 1; kernel = np.exp(-.5*(np.arange(-reach, reach + 1)/width)**2)
-    return size*np.convolve(random.standard_normal(frames + 2*reach), kernel/np.sqrt((kernel**2).sum()), 'valid')
+    track = np.convolve(random.standard_normal(frames + 2*reach), kernel/np.sqrt((kernel**2).sum()), 'valid')
+    return size*track*max(1., .7/max(track.std(), 1e-3))        # never a clip that stands still
 
 def loudness(wav: np.ndarray, frames: int) -> np.ndarray:
     "Smoothed loudness of the voice per frame, 0..1."
@@ -975,6 +980,21 @@ def render_clip(identity: Identity, scene: Scene,
     visemes = np.asarray(visemes)
     if visemes.ndim != 2 or visemes.shape[1] != 8: raise InputError(f"visemes must be (T,8), got {visemes.shape}")
     if not 0 < len(visemes) <= len(motion):
-        raise InputError(f"visemes have {len(visemes)} frames and the motion {len(motion)}; make a performance of at least as many")
-    shots = [render(identity, scene, v, m.pose, m.blink, m.brow, m.gaze, i, m.light) for i, (v, m) in enumerate(zip(visemes, motion))]
+        raise InputError(f"visemes have {len(visemes)} frames, the motion has {len(motion)}; make a performance at least as long")
+    shots = [render(identity, scene, viseme, now.pose, now.blink, now.brow, now.gaze, i, now.light)
+             for i, (viseme, now) in enumerate(zip(visemes, motion))]
     return Rendered(*(np.stack(column).astype(kind) for column, kind in zip(zip(*shots), (np.uint8, F, bool, F, F))))
+
+# %% ../../nbs/01_data/03_portrait.ipynb #9260e201
+def contact_sheet(pictures: list, columns: int = 6) -> np.ndarray:
+    "Equal pictures (H,W,3) laid out in rows."
+    blank = [np.zeros_like(pictures[0])]*(-len(pictures) % columns); pictures = [*pictures, *blank]
+    return np.vstack([np.hstack(pictures[i:i + columns]) for i in range(0, len(pictures), columns)])
+
+def mark_landmarks(shot: Frame) -> np.ndarray:
+    "The picture with its face box, and its landmarks in green (visible) and red (hidden)."
+    image = shot.image.copy()
+    for (x, y), seen in zip(shot.landmarks, shot.visible):
+        cv2.circle(image, (round(float(x)*16), round(float(y)*16)), 20, (0, 255, 0) if seen else (255, 0, 0), -1, cv2.LINE_AA, 4)
+    x0, y0, x1, y1 = (round(float(v)) for v in shot.box)
+    return cv2.rectangle(image, (x0, y0), (x1, y1), (255, 220, 0), 1)
