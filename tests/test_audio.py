@@ -1,71 +1,47 @@
 """Audio features against recorded outputs of the references, and against slow references written from the definitions."""
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from goldens import compare, load_golden
 
 from talkingface.core import InputError
 from talkingface.data.audio import (MEL_SILENCE, MelSpectrogram, fit_length, inference_starts, load_audio, log_filterbank,
                                     mel_basis, mel_frames, mel_spectrogram, mel_start, mel_window, mel_windows, mfcc,
                                     preemphasis, save_audio, stft_magnitude, to_int16, to_level)
 
-GOLDEN = Path(__file__).parent / "goldens" / "wav2lip_mel"
-
-
-@pytest.fixture(scope="module")
-def golden():
-    meta = json.loads((GOLDEN / "meta.json").read_text())
-    return dict(np.load(GOLDEN / "inputs.npz")), dict(np.load(GOLDEN / "outputs.npz")), meta["tolerance"]
-
-
-def agree(golden, name, got):
-    _, outputs, tolerance = golden
-    want = outputs[name]
-    limits = {**tolerance["default"], **tolerance.get(name, {})}
-    assert got.shape == want.shape, name
-    np.testing.assert_allclose(got, want, **limits, err_msg=name)
-
 
 # ---------------------------------------------------------------- the golden of Wav2Lip
-def test_golden_mel(golden):
-    wav = golden[0]["wav"]
-    agree(golden, "mel_reflect", mel_spectrogram(wav, "reflect"))
-    agree(golden, "mel", mel_spectrogram(wav, "constant"))
-    agree(golden, "mel_basis", mel_basis())
-    agree(golden, "preemph", preemphasis(wav))
-    agree(golden, "linear", to_level(stft_magnitude(preemphasis(wav), "constant"))[:, ::8])
+@pytest.fixture(scope="module")
+def golden():
+    return load_golden("wav2lip_mel")
 
 
-def test_golden_silence(golden):
-    columns = golden[1]["mel_silence"].shape[1]
-    agree(golden, "mel_silence", mel_spectrogram(np.zeros((columns - 1) * 200), "constant"))
+def test_golden(golden):
+    "Every recorded output, within the tolerance that comes with it; the mels much closer."
+    wav = golden.inputs["wav"]
+    reflect, constant = (mel_spectrogram(wav, padding) for padding in ("reflect", "constant"))
+    columns = [1 + int(n) // 200 for n in golden.inputs["lengths"]]
+    assert columns == [mel_spectrogram(wav[:n]).shape[1] for n in golden.inputs["lengths"]]
+    starts = {name: inference_starts(constant.shape[1], float(name)) for name in ("25", "30", "29.97", "24")}
+    worst = compare(golden, {
+        "mel_reflect": reflect, "mel": constant, "mel_basis": mel_basis(), "preemph": preemphasis(wav),
+        "linear": to_level(stft_magnitude(preemphasis(wav), "constant"))[:, ::8],
+        "mel_silence": mel_spectrogram(np.zeros((golden.outputs["mel_silence"].shape[1] - 1) * 200), "constant"),
+        "chunks_25": np.stack([constant[:, s:s + 16] for s in starts["25"]]),
+        "frames_for_length": columns, "chunks25_for_length": [len(inference_starts(c)) for c in columns],
+        **{f"chunk_starts_{name}": value for name, value in starts.items()},
+    })
+    assert len(worst) == len(golden.outputs)
+    assert max(worst["mel"], worst["mel_reflect"]) < 1e-6
 
 
 def test_golden_torch(golden):
-    wav = torch.tensor(golden[0]["wav"])[None]
-    agree(golden, "mel_reflect", MelSpectrogram("reflect")(wav)[0].numpy())
-    agree(golden, "mel", MelSpectrogram("constant")(wav)[0].numpy())
-
-
-def test_golden_is_met_much_closer_than_its_tolerance(golden):
-    wav, (_, outputs, _) = golden[0]["wav"], golden
-    for padding, name in (("reflect", "mel_reflect"), ("constant", "mel")):
-        assert np.abs(mel_spectrogram(wav, padding) - outputs[name]).max() < 1e-6
-
-
-def test_golden_chunks(golden):
-    inputs, outputs, _ = golden
-    mel = mel_spectrogram(inputs["wav"], "constant")
-    for name, fps in (("25", 25), ("30", 30), ("29.97", 29.97), ("24", 24)):
-        assert np.array_equal(inference_starts(mel.shape[1], fps), outputs[f"chunk_starts_{name}"]), name
-    agree(golden, "chunks_25", np.stack([mel[:, s:s + 16] for s in inference_starts(mel.shape[1])]))
-    columns = [mel_spectrogram(inputs["wav"][:n]).shape[1] for n in inputs["lengths"]]
-    assert np.array_equal(columns, outputs["frames_for_length"])
-    assert np.array_equal([len(inference_starts(c)) for c in columns], outputs["chunks25_for_length"])
+    wav = torch.tensor(golden.inputs["wav"])[None]
+    compare(golden, {"mel_reflect": MelSpectrogram("reflect")(wav)[0], "mel": MelSpectrogram("constant")(wav)[0]},
+            only=("mel", "mel_reflect"))
 
 
 def test_librosa_agrees_on_the_filters():

@@ -466,8 +466,8 @@ def test_gap_in_the_sound(tmp_path):
 
 
 def test_speed_is_not_lost(tmp_path):
-    "One reformatter per file: reading 256x256 stays far above the 25 frames per second of the clip."
+    "One reformatter per file: reading 256x256 decodes over 3000 frames per CPU second; one per frame, some 300."
     path = write_video(tmp_path / "s.mp4", np.zeros((200, 256, 256, 3), np.uint8), preset="ultrafast")
-    began = time.perf_counter()
+    began = time.process_time()
     read_frames(path)
-    assert 200 / (time.perf_counter() - began) > 250
+    assert 200 / (time.process_time() - began) > 500
