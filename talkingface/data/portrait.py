@@ -894,7 +894,7 @@ def _head_window(scene, matrix, scale: float, shift) -> tuple[int, int, int, int
 def _visible(face, matrix, points, flat, hair, corner, size: int) -> np.ndarray:
     "Which landmarks can be seen."
     normal = _sample(face.normals, points[:, 0]*.97, np.minimum(points[:, 1], 1.0), RELIEF)
-    facing = normal @ matrix[2].astype(F) > .12
+    facing = normal @ matrix[2].astype(F) > .35                  # turned away by less than 70 degrees
     u, v = np.clip(np.rint(flat - corner), 0, [hair.shape[1] - 1, hair.shape[0] - 1]).astype(int).T
     inside = (flat >= 0).all(1) & (flat <= size - 1).all(1)
     return facing & (hair[v, u] < .5) & inside
@@ -929,7 +929,7 @@ def _drift(random, frames: int, seconds: float, size: float) -> np.ndarray:
 def loudness(wav: np.ndarray, frames: int) -> np.ndarray:
     "Smoothed loudness of the voice per frame, 0..1."
     level = np.zeros(frames); whole = min(frames, len(wav)//SAMPLES_PER_FRAME)
-    level[:whole] = np.abs(np.asarray(wav[:whole*SAMPLES_PER_FRAME], F)).reshape(whole, -1).mean(1)
+    level[:whole] = np.abs(np.asarray(wav[:whole*SAMPLES_PER_FRAME], F)).reshape(whole, SAMPLES_PER_FRAME).mean(1)
     level = np.convolve(np.pad(level, 4, mode='edge'), np.hanning(11)[1:-1]/np.hanning(11).sum(), 'valid')
     return level/max(level.max(), 1e-3)
 
