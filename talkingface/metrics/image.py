@@ -21,10 +21,9 @@ def psnr_frames(generated,        # (T,3,H,W) uint8, or float in [0,1]
                ) -> torch.Tensor: # (T,) float64 dB, inf where two frames are identical
     "PSNR of each frame in dB."
     a, b, span = frame_pair(generated, truth, data_range)
-    if not a.is_floating_point(): a, b = a.to(torch.int32), b.to(torch.int32)
-    else: a, b = a.double(), b.double()
-    mse = ((a - b) ** 2).flatten(1).double().mean(1)
-    return 10 * torch.log10(span ** 2 / mse)
+    exact = torch.float64 if a.is_floating_point() else torch.float32       # differences of uint8 and their squares are exact
+    square = [(x.to(exact) - y.to(exact)).square_().sum(dtype=torch.float64) for x, y in zip(a, b)]
+    return 10 * torch.log10(span ** 2 * a[0].numel() / torch.stack(square))
 
 def psnr(generated, truth, data_range=None) -> float:   # dB; inf if every frame is identical
     "Mean PSNR over the frames of a clip that differ; infinite for identical clips."
@@ -35,7 +34,7 @@ def psnr(generated, truth, data_range=None) -> float:   # dB; inf if every frame
 # %% ../../nbs/08_metrics/01_image.ipynb #0c46a87c
 PSNR_INFO = describe(MetricInfo('psnr', 'PSNR', 'dB', (0., float('inf')), True, ('ground_truth',),
     '96x96 RGB face crop, float arithmetic, data range 255, mean over frames; identical frames left out, an identical clip is infinite',
-    'papers.md 4.4: TalkLip visual_quality.py without its uint8 wrap'))
+    'TalkLip evaluation/visual_quality.py, without its uint8 wrap'))
 
 class PSNR(ClipMean):
     "Mean PSNR over clips (torchmetrics)."

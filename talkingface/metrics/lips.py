@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..core import InputError
-from .base import ClipMean, MetricInfo, describe
+from .base import ClipMean, MetricInfo, as_tensor, describe
 
 # %% ../../nbs/08_metrics/02_lips.ipynb #c18412a3
 MOUTH = slice(48, 68)                                    # mouth points in the 68 of iBUG
@@ -69,7 +69,7 @@ def aperture_correlation(generated,    # (T,20|68,2) px
 _ground = ('ground_truth', 'landmarks')
 LMD_INFO = describe(MetricInfo('lmd', 'LMD', 'px', (0., float('inf')), False, _ground,
     'mouth points 48:68 on the 96x96 crop, not aligned, both clips by the same landmarker, mean over points and frames',
-    'Chen et al. ECCV 2018; papers.md 4.2'))
+    'Chen et al., ECCV 2018, here with the 20 mouth points of 68'))
 LMD_ALIGNED_INFO = describe(MetricInfo('lmd_aligned', 'LMD aligned', 'px', (0., float('inf')), False, _ground,
     "as lmd, each frame's mean mouth position removed", 'ours'))
 LMD_STORED_INFO = describe(MetricInfo('lmd_stored', 'LMD to exact', 'px', (0., float('inf')), False, _ground,
@@ -102,7 +102,7 @@ class LipTracker:
     def __call__(self, faces              # (T,3,H,W) uint8
                 ) -> np.ndarray:          # (T,20,2) float32 px
         device = next((p.device for p in self.landmarker.parameters()), torch.device('cpu'))
-        faces = torch.as_tensor(np.ascontiguousarray(faces)) if isinstance(faces, np.ndarray) else faces
+        faces = as_tensor(faces)
         parts = [self.landmarker(faces[i:i + self.batch].to(device).float() / 255).cpu() for i in range(0, len(faces), self.batch)]
         return torch.cat(parts).numpy()
 

@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import pad
 
 from ..core import InputError, SAMPLES_PER_FRAME
-from .base import ClipMean, MetricInfo, as_frames, describe
+from ..experts.base import embed_clip
+from .base import ClipMean, MetricInfo, as_frames, as_tensor, describe
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #1e722775
 def lse_distances(video,           # (n,D) embedding of the lips at each position
@@ -46,10 +47,10 @@ def lse(distances   # (n, 2*max_offset+1) from `lse_distances`
     return LSE(float(lowest), float(mean.median() - lowest), (len(mean) - 1) // 2 - first)
 
 def frame_confidence(distances, width=9) -> torch.Tensor:   # (n,)
-    "Confidence at each position: the row's median minus its distance at the clip's best shift, median-filtered."
+    "Confidence at each position: the clip's median over shifts minus the distance at its best shift, median-filtered."
     distances = torch.as_tensor(distances)
-    best = lse(distances).offset
-    gap = distances.median(1).values - distances[:, (distances.shape[1] - 1) // 2 - best]
+    best = (distances.shape[1] - 1) // 2 - lse(distances).offset
+    gap = distances.mean(0).median() - distances[:, best]
     return pad(gap, (width // 2, width // 2)).unfold(0, width, 1).median(1).values
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #e7d3d465
@@ -85,9 +86,8 @@ class SyncScorer:
                  expert,             # a SyncExpert: embed_video, audio_features, embed_audio, window
                  name: str,          # e.g. "corpus"; tables print LSE-C[corpus]
                  sha256: str = '',   # of its weights file: proves that it did not train the generator
-                 max_offset: int = 15,
-                 batch: int = 128):  # positions embedded at a time
-        self.expert, self.name, self.sha256, self.max_offset, self.batch = expert.eval(), name, sha256, max_offset, batch
+                 max_offset: int = 15):
+        self.expert, self.name, self.sha256, self.max_offset = expert.eval(), name, sha256, max_offset
 
     @property
     def protocol(self) -> str:
@@ -99,18 +99,13 @@ class SyncScorer:
               wav                       # (640 T,) float32
              ) -> tuple[torch.Tensor, torch.Tensor]:   # (n,D) lips, (n,D) audio
         "Embeddings of lips and audio at every position of a clip."
-        frames, span = as_frames(faces); window = self.expert.window
-        wav = torch.as_tensor(np.asarray(wav), dtype=torch.float32)
+        (frames, span), window = as_frames(faces), self.expert.window
+        wav = as_tensor(wav).float()
         if len(frames) < window: raise InputError(f"clip has {len(frames)} frames, the expert needs {window}")
         if len(wav) != SAMPLES_PER_FRAME * len(frames):
             raise InputError(f"audio has {len(wav)} samples, {len(frames)} frames need {SAMPLES_PER_FRAME * len(frames)}; fit it with data.audio.fit_length")
-        device = next((p.device for p in self.expert.parameters()), torch.device('cpu'))
-        step = self.batch if window > 1 else len(frames)            # an expert with whole-clip context sees the whole clip
-        video = torch.cat([self.expert.embed_video(frames[None, i:i + step + window - 1].to(device).float() / span)[0]
-                           for i in range(0, len(frames) - window + 1, step)])
-        audio = self.expert.embed_audio(self.expert.audio_features(wav[None].to(device)))[0]
-        n = min(len(video), len(audio))
-        return video[:n].float().cpu(), audio[:n].float().cpu()
+        video, audio = embed_clip(self.expert, frames if span == 255 else frames.float(), wav)
+        return video.float().cpu(), audio.float().cpu()
 
     def __call__(self, faces, wav) -> LSE:
         "LSE of a clip; silent audio is refused, since nothing can be in sync with it."
