@@ -363,6 +363,7 @@ def _make_all(todo: list, root: Path, make, workers: int) -> dict[str, dict]:
     "Prepare the clips of `todo`, writing a journal line after each."
     entries = {}; root.mkdir(parents=True, exist_ok=True)
     if todo: (root/'store.json').unlink(missing_ok=True)
+    for part in root.glob('clips/*/.*.part.safetensors'): part.unlink()   # what a kill left half written
     try:
         with open(root/'prepare.jsonl', 'a') as journal:
             for entry in progress(_each(make, todo, workers), 'prepare', total=len(todo)):
