@@ -25,7 +25,6 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch.utils.data import Dataset
 
 from ..core import (FPS, SAMPLES_PER_FRAME, InputError, StoreError, atomic_path, file_hash, progress, read_json, rng,
@@ -87,24 +86,29 @@ def clip_path(root: str | Path, clip: str) -> Path:
 VERSION = 1   # of the store format
 _KEPT = 128   # mapped clips held at a time: each holds a file handle
 
+def _read_rows(root: Path) -> tuple[dict, list[dict]]:
+    "Description of a store and the rows of its usable clips; `StoreError` if it is not complete."
+    if not (root/'store.json').is_file():
+        raise StoreError(f"{root} is not a finished clip store (no store.json); run prepare, it resumes")
+    info = read_json(root/'store.json')
+    if info.get('version') != VERSION:
+        raise StoreError(f"{root}: store version {info.get('version')}, this code reads {VERSION}; rerun prepare")
+    if not (root/'prepare.csv').is_file(): raise StoreError(f"{root}/prepare.csv is missing; rerun prepare")
+    with open(root/'prepare.csv', newline='') as file: rows = [row for row in csv.DictReader(file) if not row['reason']]
+    if len(rows) != info['used']:
+        raise StoreError(f"{root}: {len(rows)} clips in prepare.csv, {info['used']} in store.json; rerun prepare")
+    return info, [dict(row, frames=int(row['frames']), seconds=float(row['seconds']), bytes=int(row['bytes'])) for row in rows]
+
+# %% ../../nbs/01_data/06_clips.ipynb #129fa282
 class ClipStore:
     "The usable clips of a prepared corpus. Index by number, look up by name, narrow by split."
     def __init__(self, root: str | Path  # folder that `prepare` wrote
                 ):
-        self.root = Path(root)
-        if not (self.root/'store.json').is_file():
-            raise StoreError(f"{self.root} is not a finished clip store (no store.json); run prepare, it resumes")
-        self.info = read_json(self.root/'store.json')
-        if self.info.get('version') != VERSION:
-            raise StoreError(f"{self.root}: store version {self.info.get('version')}, this code reads {VERSION}; rerun prepare")
-        with open(self.root/'prepare.csv', newline='') as file: rows = list(csv.DictReader(file))
-        self.rows = [dict(row, frames=int(row['frames']), seconds=float(row['seconds']), bytes=int(row['bytes']))
-                     for row in rows if not row['reason']]
-        if len(self.rows) != self.info['used']:
-            raise StoreError(f"{self.root}: {len(self.rows)} clips in prepare.csv, {self.info['used']} in store.json; rerun prepare")
-        self._open = OrderedDict()
+        self.root, self._open = Path(root), OrderedDict()
+        self.info, self.rows = _read_rows(self.root)   # rows: clip, split, identity, frames, seconds, text, licence, note, ...
 
     def __len__(self): return len(self.rows)
+    def __iter__(self): return (self[i] for i in range(len(self)))
     def __getstate__(self): return dict(self.__dict__, _open=OrderedDict())
     def __repr__(self): return f"ClipStore({str(self.root)!r}, {len(self)} clips, {sum(r['frames'] for r in self.rows)} frames)"
 
@@ -114,53 +118,44 @@ class ClipStore:
     @property
     def size(self) -> int: return self.info['size']
 
-# %% ../../nbs/01_data/06_clips.ipynb #129fa282
-@patch
-def __getitem__(self: ClipStore, index: int) -> Clip:
-    "The clip at `index`; its file is checked against the table when it is opened."
-    row = self.rows[index]; name = row['clip']
-    if name in self._open: self._open.move_to_end(name); return self._open[name]
-    path = clip_path(self.root, name)
-    arrays = read_tensors(path); size = os.path.getsize(path)
-    if size != row['bytes'] or len(arrays['faces']) != row['frames']:
-        raise StoreError(f"clip {name}: {path} is damaged ({size} bytes, prepare wrote {row['bytes']}); rerun prepare")
-    clip = self._open[name] = Clip(name, row['split'], row['identity'], row['text'], **arrays)
-    if len(self._open) > _KEPT: self._open.popitem(last=False)
-    return clip
+    def __getitem__(self, index: int) -> Clip:
+        "The clip at `index`; its file is checked against the table when it is opened."
+        row = self.rows[index]; name = row['clip']
+        if name in self._open: self._open.move_to_end(name); return self._open[name]
+        path = clip_path(self.root, name); arrays = read_tensors(path); size = os.path.getsize(path)
+        if size != row['bytes'] or len(arrays['faces']) != row['frames']:
+            raise StoreError(f"clip {name}: {path} is damaged ({size} bytes, prepare wrote {row['bytes']}); rerun prepare")
+        clip = self._open[name] = Clip(name, row['split'], row['identity'], row['text'], **arrays)
+        if len(self._open) > _KEPT: self._open.popitem(last=False)
+        return clip
 
-def _narrowed(store: ClipStore, rows: list[dict]) -> ClipStore:
-    "A store of some of the rows."
-    part = object.__new__(ClipStore); part.__dict__.update(store.__dict__, rows=rows, _open=OrderedDict())
-    return part
+    def by_name(self, clip: str) -> Clip:
+        "The clip called `clip`."
+        if clip in self.names: return self[self.names.index(clip)]
+        raise InputError(f"no clip {clip!r} here; see its split and reason in {self.root/'prepare.csv'}")
 
-@patch
-def split(self: ClipStore, *names: str) -> ClipStore:
-    "The clips of one split or several."
-    known = sorted({row['split'] for row in self.rows})
-    if lacking := [n for n in names if n not in known]:
-        raise InputError(f"split {lacking[0]!r} has no clips in {self.root}; it has {', '.join(known)}")
-    return _narrowed(self, [row for row in self.rows if row['split'] in names])
+    def where(self, keep) -> 'ClipStore':
+        "The clips whose row `keep` accepts."
+        part = object.__new__(type(self)); part.__dict__.update(self.__getstate__(), rows=[row for row in self.rows if keep(row)])
+        return part
 
-# %% ../../nbs/01_data/06_clips.ipynb #f2114fc7
-@patch
-def by_name(self: ClipStore, clip: str) -> Clip:
-    "The clip called `clip`."
-    try: return self[self.names.index(clip)]
-    except ValueError as error:
-        raise InputError(f"no clip {clip!r} here; see its split and reason in {self.root/'prepare.csv'}") from error
+    def split(self, *names: str) -> 'ClipStore':
+        "The clips of one split or several."
+        known = sorted({row['split'] for row in self.rows})
+        if lacking := [n for n in names if n not in known]:
+            raise InputError(f"split {lacking[0]!r} has no clips in {self.root}; it has {', '.join(known)}")
+        return self.where(lambda row: row['split'] in names)
 
-@patch
-def first(self: ClipStore, count: int) -> ClipStore:
-    "The first `count` clips."
-    return _narrowed(self, self.rows[:count])
+    def first(self, count: int) -> 'ClipStore':
+        "The first `count` clips."
+        kept = set(self.names[:count]); return self.where(lambda row: row['clip'] in kept)
 
-@patch
-def verify(self: ClipStore) -> None:
-    "Compare the sha256 of every clip file with the table; `StoreError` names the first that differs."
-    for row in progress(self.rows, 'verify'):
-        path = clip_path(self.root, row['clip'])
-        if not path.is_file() or file_hash(path) != row['sha256']:
-            raise StoreError(f"clip {row['clip']}: {path} is missing or not what prepare wrote; rerun prepare to make it again")
+    def verify(self) -> None:
+        "Compare the sha256 of every clip file with the table; `StoreError` names the first that differs."
+        for row in progress(self.rows, 'verify'):
+            path = clip_path(self.root, row['clip'])
+            if not path.is_file() or file_hash(path) != row['sha256']:
+                raise StoreError(f"clip {row['clip']}: {path} is missing or not what prepare wrote; rerun prepare")
 
 # %% ../../nbs/01_data/06_clips.ipynb #9403f456
 WINDOW = 5  # frames that a sync window holds
