@@ -57,9 +57,9 @@ LEXICON = dict(
     verb='''brought found watched moved opened followed washed built chose painted loved pushed buried noticed remembered forgot
         carried dropped welcomed fixed borrowed bumped saw mapped improved shaped served promised bought knew'''.split(),
     near='by near above before over with from beyond behind below around for'.split(),
-    when='slowly again today maybe perfectly often together fully tomorrow at home by five for now every morning'.split(),
-    who='we you they Bob Emma Paul Maya Robin nobody people my brother'.split(),
-    lead='well okay now maybe of course look'.split())
+    when='slowly again today maybe perfectly often together fully tomorrow at_home by_five for_now every_morning'.split(),
+    who='we you they Bob Emma Paul Maya Robin nobody people my_brother'.split(),
+    lead='well okay now maybe of_course look'.split())
 
 PATTERNS = ('the adjective noun verb the noun when', 'the noun verb the adjective noun', 'who verb the noun near the noun',
             'lead, who verb the adjective noun', 'the noun near the noun verb the adjective noun', 'who verb the noun when',
@@ -80,7 +80,7 @@ def sentence(draw: np.random.Generator) -> str:
     "One sentence of the grammar, capitalised, with a full stop."
     pattern = str(draw.choice(PATTERNS)).replace(',', ' ,').split()
     words = [str(draw.choice(LEXICON[part])) if part in LEXICON else part for part in pattern]
-    text = ' '.join(words).replace(' ,', ',')
+    text = ' '.join(words).replace(' ,', ',').replace('_', ' ')
     return text[0].upper() + text[1:] + '.'
 
 # %% ../../nbs/01_data/02_speech.ipynb #8dda1d9d
