@@ -65,7 +65,8 @@ def det_state(golden: Golden, which: str | None = None) -> dict[str, torch.Tenso
     rule = golden.meta['weights_sets'][which] if which else golden.meta['weights']
     state = {}
     for key, spec in rule['params'].items():
-        value = det_array(key, spec['shape'], spec['dtype'], rule['gain'], rule.get('prelu', ()), rule.get('const'), rule.get('salt', ''))
+        extra = {name: rule[name] for name in ('prelu', 'const', 'salt') if name in rule}
+        value = det_array(key, spec['shape'], spec['dtype'], rule['gain'], **extra)
         assert digest(value) == spec['sha'], f'{golden.name}: the weight {key} came out differently'
         state[key] = torch.from_numpy(value.copy())
     return state
@@ -88,6 +89,7 @@ def compare(golden: Golden, got: dict, only=None, select=None, **tolerance) -> d
         wide = np.complex128 if np.iscomplexobj(want) else np.float64
         have, want = have.astype(wide), want.astype(wide)
         worst[name] = float(np.nanmax(np.abs(have - want), initial=0.))
-        if not np.allclose(have, want, **limit, equal_nan=True): wrong.append(f'{name} differs by {worst[name]:.3g}, allowed {limit}')
+        if not np.allclose(have, want, **limit, equal_nan=True):
+            wrong.append(f'{name} differs by {worst[name]:.3g}, allowed {limit}')
     assert not wrong, f'{golden.name}: ' + '; '.join(wrong)
     return worst

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 
 from talkingface.core import InputError, ParamsError
-from talkingface.experts.base import (SyncExpert, WindowExpert, best_offset, check_expert, embed_clip, face_windows, frozen, offset_scores,
-                                      similarity_curve, speech_windows, unit_length)
+from talkingface.experts.base import (SyncExpert, WindowExpert, best_offset, check_expert, embed_clip, face_windows, frozen,
+                                      offset_scores, similarity_curve, speech_windows, unit_length)
 from talkingface.experts.landmarks import LipLandmarker, mouth_shape
 from talkingface.experts.syncnet import EXPERTS, LightSyncNet, SyncNet, build_expert
 from talkingface.layers import FiLM, gflop, lower_half_bgr, parameter_count, warp
 
 torch.set_num_threads(1)
-NETS = [lambda: SyncNet(.125), lambda: SyncNet(.125, relu=False), lambda: LightSyncNet(8, 16), lambda: LightSyncNet(8, 16, relu=True)]
+NETS = [lambda: SyncNet(.125), lambda: SyncNet(.125, relu=False),
+        lambda: LightSyncNet(8, 16), lambda: LightSyncNet(8, 16, relu=True)]
 
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
@@ -38,9 +39,9 @@ def test_check_restores_the_mode():
 
 def test_check_catches_wrong_range_and_leaks_between_windows():
     class Wrong(LightSyncNet):
-        positive = True
-        def __init__(self): super().__init__(8, 16); self.positive = True
-    with pytest.raises(AssertionError, match='cosine out of its range'): check_expert(Wrong())
+        "Says that its cosine is never negative, and always is."
+        def similarity(self, v, a): return -super().similarity(v, a).abs()
+    with pytest.raises(AssertionError, match='cosine out of its range'): check_expert(Wrong(8, 16, relu=True))
 
     class Blurred(LightSyncNet):
         "Averages embeddings over the clip: dense is not one by one."
@@ -57,8 +58,9 @@ def test_config_rebuilds(name):
     assert again.config == net.config
 
 
-@pytest.mark.parametrize('config, message', [(dict(name='sincnet'), "did you mean 'syncnet'"), (dict(name='syncnet', wide=1), "unknown key 'wide'"),
-                                             (dict(), 'unknown key')])
+@pytest.mark.parametrize('config, message', [
+    (dict(name='sincnet'), "did you mean 'syncnet'"), (dict(name='syncnet', wide=1), "unknown key 'wide'"),
+    (dict(), 'unknown key')])
 def test_bad_config(config, message):
     with pytest.raises(ParamsError, match=message): build_expert(config)
 
@@ -109,12 +111,23 @@ def test_bad_mel():
 @torch.no_grad()
 def test_chunks_and_dtypes_agree():
     net = LightSyncNet(8, 16).eval()
-    faces, wav = torch.randint(256, (30, 3, 96, 96), generator=seeded(), dtype=torch.uint8), torch.randn(30*640, generator=seeded())*.1
+    faces = torch.randint(256, (30, 3, 96, 96), generator=seeded(), dtype=torch.uint8)
+    wav = torch.randn(30*640, generator=seeded())*.1
     whole = similarity_curve(net, faces, wav)
     net.chunk = 4
     torch.testing.assert_close(similarity_curve(net, faces, wav), whole, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(similarity_curve(net, faces.float()/255, net.audio_features(wav[None])[0]), whole, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(similarity_curve(net, faces.numpy(), wav.numpy()), whole, atol=1e-5, rtol=1e-4)
+    mapped = faces.numpy().view()
+    mapped.flags.writeable = False                          # as a memory-mapped store gives them
+    for given in ((faces.float()/255, net.audio_features(wav[None])[0]), (mapped, wav.numpy())):
+        torch.testing.assert_close(similarity_curve(net, *given), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_embed_clip_leaves_a_training_expert_as_it_was():
+    net, clip = LightSyncNet(8, 16).train(), (torch.rand(9, 3, 96, 96, generator=seeded()), torch.zeros(9*640))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    first = similarity_curve(net, *clip)
+    assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert torch.equal(first, similarity_curve(net.eval(), *clip))
 
 
 def test_offset_sign_closed_form():
@@ -241,7 +254,8 @@ def test_film_gradcheck():
 
 
 def test_lower_half_of_a_flat_face_stays_flat_at_any_size():
-    for size in (48, 96, 128): torch.testing.assert_close(lower_half_bgr(torch.full((1, 3, size, size), .3)), torch.full((1, 3, 48, 96), .3))
+    for size in (48, 96, 128):
+        torch.testing.assert_close(lower_half_bgr(torch.full((1, 3, size, size), .3)), torch.full((1, 3, 48, 96), .3))
 
 
 # ---- mouth landmarks

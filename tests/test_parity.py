@@ -15,7 +15,8 @@ def load_like(net, manifest):
     "Load regenerated weights of the manifest's keys and shapes with strict=True."
     shapes = load_manifest(manifest)
     assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == shapes
-    net.load_state_dict({key: torch.from_numpy(np.array(det_array(key, shape, gain=1.))) for key, shape in shapes.items()}, strict=True)
+    state = {key: torch.from_numpy(np.array(det_array(key, shape, gain=1.))) for key, shape in shapes.items()}
+    net.load_state_dict(state, strict=True)
     return net.eval()
 
 
@@ -81,8 +82,8 @@ def test_quality_discriminator_formula():
     net = load_like(QualityDiscriminator(), 'wav2lip_disc_qual').double()
     faces = torch.rand(1, 2, 3, 96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     state, x = net.state_dict(), faces[0, :, :, 48:].flip(1)
-    strides = {'0.0': (1, 3), '1.0': ((1, 2), 2), '1.1': (1, 2), '2.0': (2, 2), '2.1': (1, 2), '3.0': (2, 2), '3.1': (1, 2), '4.0': (2, 1),
-               '4.1': (1, 1), '5.0': (2, 1), '5.1': (1, 1), '6.0': (1, 0), '6.1': (1, 0)}
+    strides = {'0.0': (1, 3), '1.0': ((1, 2), 2), '1.1': (1, 2), '2.0': (2, 2), '2.1': (1, 2), '3.0': (2, 2),
+               '3.1': (1, 2), '4.0': (2, 1), '4.1': (1, 1), '5.0': (2, 1), '5.1': (1, 1), '6.0': (1, 0), '6.1': (1, 0)}
     for block, (stride, padding) in strides.items():
         key = f'face_encoder_blocks.{block}.conv_block.0'
         x = torch.conv2d(x, state[f'{key}.weight'], state[f'{key}.bias'], stride, padding)

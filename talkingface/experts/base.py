@@ -9,6 +9,7 @@ __all__ = ['unit_length', 'SyncExpert', 'face_windows', 'speech_windows', 'Windo
 # %% ../../nbs/03_experts/00_base.ipynb #e4ad8319
 import json
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -124,12 +125,13 @@ def embed_clip(expert: SyncExpert,
               ) -> tuple[Tensor, Tensor]:  # video and audio embeddings (N, D) on the expert's device
     "Both embeddings of one clip, cut to the positions that both have."
     device = next((t.device for t in [*expert.parameters(), *expert.buffers()]), torch.device('cpu'))
-    faces, audio = torch.as_tensor(faces), torch.as_tensor(audio).to(device)
-    features = expert.audio_features(audio[None]) if audio.ndim == 1 else audio[None]
-    chunk = getattr(expert, 'chunk', None) or len(faces)
+    tensor = lambda x: (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))).to(device)[None]
+    mode, chunk = expert.training, getattr(expert, 'chunk', None) or len(faces)
+    expert.eval()
     starts = range(0, max(len(faces) - expert.window + 1, 1), chunk)
-    v = [expert.embed_video(to_unit(faces[s:s + chunk + expert.window - 1].to(device))[None])[0] for s in starts]
-    v, a = torch.cat(v), expert.embed_audio(features)[0]
+    v = torch.cat([expert.embed_video(to_unit(tensor(faces[s:s + chunk + expert.window - 1])))[0] for s in starts])
+    a = expert.embed_audio(expert.audio_features(tensor(audio)) if audio.ndim == 1 else tensor(audio))[0]
+    expert.train(mode)
     count = min(len(v), len(a))
     return v[:count], a[:count]
 
