@@ -143,6 +143,7 @@ def test_missing_weights_stop_prepare_instead_of_refusing_every_clip(tmp_path, m
 
 def test_arguments_of_prepare(corpus, tmp_path):
     with pytest.raises(InputError, match='has no clips'): prepare([], tmp_path/'store')
+    with pytest.raises(InputError, match='needs stored tracks'): prepare(corpus, tmp_path/'store', object(), boxes='boxes_jittered')
     with pytest.raises(InputError, match="'clip0' occurs more than once"): prepare([corpus[0]]*2, tmp_path/'store')
 
 

@@ -341,9 +341,10 @@ def prepare(corpus,                       # iterable of records (a `Corpus`)
     if not records: raise InputError(f"prepare: the corpus {getattr(corpus, 'name', corpus)!r} has no clips")
     if twice := [n for n, c in Counter(r.clip for r in records).items() if c > 1]:
         raise InputError(f"prepare: clip name {twice[0]!r} occurs more than once; names must differ")
-    if tracker is not None and boxes != 'boxes':
-        raise InputError("prepare: boxes is for stored tracks; give it to the tracker instead")
-    tracker = tracker or StoredTracks(boxes=boxes)
+    tracker = tracker or StoredTracks()
+    if boxes != 'boxes':
+        if not isinstance(tracker, StoredTracks): raise InputError(f"prepare: boxes={boxes!r} needs stored tracks, not {tracker!r}")
+        tracker = replace(tracker, boxes=boxes)
     if hasattr(tracker, 'check'): tracker.check()
     settings = f'v{VERSION} size={size} box={BOX_HEIGHT}x{BOX_ASPECT}@{BOX_MIDDLE} {tracker!r}'; entries = _journal(root)
     todo = [r for r in records if not _still_good(r, root, entries.get(r.clip), settings)]
