@@ -97,7 +97,7 @@ def _colors(random, female: bool, age: float) -> dict:
     "Skin, hair, eye, lip and tooth colours that go together."
     tone = random.uniform(0, 5.6); i = int(tone); mix = tone - i
     skin = SKIN[i]*(1 - mix) + SKIN[i + 1]*mix
-    skin = skin*(1 + random.normal(0, .018)) + random.normal(0, 1, 3)*[1.5, 2, 3]
+    skin = skin*(1 + random.normal(0, .018)) + random.normal(0, 1, 3)*[1., 1.2, 1.8]
     fair = np.clip(1 - tone/3.2, 0, 1)                            # fair skin allows fair hair and light eyes
     hair = HAIR[random.choice(7, p=_weights([3, 3, 2 + fair, 3*fair, 3*fair, 2*fair, 1.2*fair]))]*random.uniform(.85, 1.15)
     grey = _step(.55, 1., age + random.normal(0, .12))
@@ -743,11 +743,12 @@ class Scene:
         random = rng(seed, 'scene', identity.seed); self.size, self.seed = size, seed; k = size/256
         self.scale = float(random.uniform(78, 88)*k)
         self.center = np.array([size/2 + random.normal(0, 4)*k, size*.505 + random.normal(0, 3)*k])
-        side = random.uniform(-.75, .75); key = np.array([side, random.uniform(-.75, -.2), random.uniform(.7, 1.1)])
+        side = random.uniform(-.7, .7); key = np.array([side, random.uniform(-.75, -.2), random.uniform(.7, 1.1)])
         self.key = key/np.linalg.norm(key)
-        self.ambient, self.diffuse = float(random.uniform(.36, .50)), float(random.uniform(.62, .78))
+        self.ambient, self.diffuse = float(random.uniform(.38, .52)), float(random.uniform(.60, .76))
         self.tint = (1 + np.clip(random.normal(.010, .018), -.004, .045)*np.array([1, .1, -1.2])).astype(F)
-        self.gloss = float(random.uniform(10, 34)); self.gain = float(random.uniform(1.0, 1.13))
+        exposure = np.clip((170/identity.skin.mean())**.38, .95, 1.36)                 # cameras expose for the face
+        self.gloss, self.gain = float(random.uniform(12, 36)), float(random.uniform(1., 1.1)*exposure)
         self.density = min(DENSITY, self.scale*1.15)
         layers = identity.skin_layer, identity.alpha, identity.hair_layer
         self.skin, self.alpha, self.hair = (_reduce(layer, self.density) for layer in layers)
@@ -991,7 +992,7 @@ def performance(seed: int, frames: int,
     pitch = swing(.6, .045*k) + random.normal(0, .03) + .07*k*(voice - voice.mean()) + .02*k*np.gradient(voice)*6
     x, y, zoom = swing(.8, 3.5*k), swing(.8, 2.5*k) + 2.*voice, 1 + swing(1.2, .018*k)
     pose = np.stack([yaw, pitch, roll, x, y, zoom], 1).clip([-.55, -.32, -.3, -30, -30, .88], [.55, .32, .3, 30, 30, 1.12])
-    brow = np.clip(swing(.5, .28) + .55*(voice - .4), -.7, 1); light = np.stack([swing(1.5, .5), 1 + swing(1.5, .09)], 1)
+    brow = np.clip(swing(.5, .28) + .55*(voice - .4), -.7, 1); light = np.stack([swing(1.5, .38).clip(-.7, .7), 1 + swing(1.5, .08)], 1)
     if style == 'calm': light = np.stack([np.zeros(frames), np.ones(frames)], 1)
     return Motion(*(a.astype(F) for a in (pose, _blinks(random, visemes, frames), brow, _gaze(random, frames), light)))
 
