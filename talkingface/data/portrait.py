@@ -969,7 +969,8 @@ def _drift(random, frames: int, seconds: float, size: float) -> np.ndarray:
     "Smooth noise of about unit variance times `size`, with a correlation time in seconds."
     width = seconds*FPS; reach = int(3*width) + 1; kernel = np.exp(-.5*(np.arange(-reach, reach + 1)/width)**2)
     track = np.convolve(random.standard_normal(frames + 2*reach), kernel/np.sqrt((kernel**2).sum()), 'valid')
-    return size*track*max(1., .7/max(track.std(), 1e-3))        # never a clip that stands still
+    middle = track.mean()
+    return size*(middle + (track - middle)*max(1., .7/max(track.std(), 1e-3)))   # never a clip that stands still
 
 def loudness(wav: np.ndarray, frames: int) -> np.ndarray:
     "Smoothed loudness of the voice per frame, 0..1."
@@ -992,7 +993,8 @@ def performance(seed: int, frames: int,
     pitch = swing(.6, .045*k) + random.normal(0, .03) + .07*k*(voice - voice.mean()) + .02*k*np.gradient(voice)*6
     x, y, zoom = swing(.8, 3.5*k), swing(.8, 2.5*k) + 2.*voice, 1 + swing(1.2, .018*k)
     pose = np.stack([yaw, pitch, roll, x, y, zoom], 1).clip([-.55, -.32, -.3, -30, -30, .88], [.55, .32, .3, 30, 30, 1.12])
-    brow = np.clip(swing(.5, .28) + .55*(voice - .4), -.7, 1); light = np.stack([swing(1.5, .38).clip(-.7, .7), 1 + swing(1.5, .08)], 1)
+    brow = np.clip(swing(.5, .28) + .55*(voice - .4), -.7, 1)
+    turn = swing(1.5, .45); light = np.stack([.7*np.tanh(turn - turn.mean()), 1 + swing(1.5, .08)], 1)
     if style == 'calm': light = np.stack([np.zeros(frames), np.ones(frames)], 1)
     return Motion(*(a.astype(F) for a in (pose, _blinks(random, visemes, frames), brow, _gaze(random, frames), light)))
 
