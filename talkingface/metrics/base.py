@@ -31,8 +31,10 @@ class MetricInfo:
     source: str                  # paper or script that defines it
 
     def __post_init__(self):
-        if unknown := set(self.needs) - set(NEEDS): raise ParamsError(f"metric {self.name}: unknown need {sorted(unknown)}; known: {sorted(NEEDS)}")
-        if not self.range[0] < self.range[1]: raise ParamsError(f"metric {self.name}: range must be (low, high), got {self.range}")
+        if unknown := set(self.needs) - set(NEEDS):
+            raise ParamsError(f"metric {self.name}: unknown need {sorted(unknown)}; known: {sorted(NEEDS)}")
+        if not self.range[0] < self.range[1]:
+            raise ParamsError(f"metric {self.name}: range must be (low, high), got {self.range}")
 
     @property
     def arrow(self) -> str:
@@ -82,16 +84,22 @@ def as_frames(frames,             # (T,3,H,W) uint8, or float in [0,1], or float
         if frames.dtype != torch.uint8: raise InputError(f"{name}: expected uint8 or floats, got {frames.dtype}")
         return frames, 255. if data_range is None else float(data_range)
     bad = (~torch.isfinite(frames)).flatten(1).any(1)
-    if bad.any(): raise InputError(f"{name}: {int(bad.sum())} of {len(frames)} frames hold NaN or infinite values; find where they arise, a metric cannot skip them")
+    if bad.any():
+        raise InputError(f"{name}: {int(bad.sum())} of {len(frames)} frames hold NaN or infinite values; find where they "
+                         f"arise, a metric cannot skip them")
     if data_range is None and (frames.min() < -1e-6 or frames.max() > 1 + 1e-6):
-        raise InputError(f"{name}: float frames must lie in [0,1], got {frames.min():.3g}..{frames.max():.3g}; scale them or give data_range")
+        raise InputError(f"{name}: float frames must lie in [0,1], got {frames.min():.3g}..{frames.max():.3g}; scale them or "
+                         f"give data_range")
     return frames, 1. if data_range is None else float(data_range)
 
 def frame_pair(generated, truth, data_range=None) -> tuple[torch.Tensor, torch.Tensor, float]:
     "Two clips of equal shape and span, ready to be compared; different shapes or spans are refused."
     (a, span), (b, other) = as_frames(generated, data_range, 'generated'), as_frames(truth, data_range, 'truth')
-    if a.shape != b.shape: raise InputError(f"generated {tuple(a.shape)} and truth {tuple(b.shape)} differ in shape; crop both with the same boxes and cut to the same frames")
-    if span != other: raise InputError(f"generated spans {span:g} and truth {other:g}; give both as uint8 or both as floats in [0,1]")
+    if a.shape != b.shape:
+        raise InputError(f"generated {tuple(a.shape)} and truth {tuple(b.shape)} differ in shape; crop both with the same "
+                         f"boxes and cut to the same frames")
+    if span != other:
+        raise InputError(f"generated spans {span:g} and truth {other:g}; give both as uint8 or both as floats in [0,1]")
     return a, b, span
 
 # %% ../../nbs/08_metrics/00_base.ipynb #283c0321
@@ -105,7 +113,8 @@ class ClipMean(Metric):
         own = {k: options.pop(k) for k in list(options) if k in self.options}
         super().__init__(**options)
         self.score_options = own
-        for name in ('total', 'used', 'left_out'): self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
+        for name in ('total', 'used', 'left_out'):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
 
     options: tuple[str, ...] = ()      # names of keyword arguments that go to `score`
 

@@ -33,7 +33,8 @@ def psnr(generated, truth, data_range=None) -> float:   # dB; inf if every frame
 
 # %% ../../nbs/08_metrics/01_image.ipynb #0c46a87c
 PSNR_INFO = describe(MetricInfo('psnr', 'PSNR', 'dB', (0., float('inf')), True, ('ground_truth',),
-    '96x96 RGB face crop, float arithmetic, data range 255, mean over frames; identical frames left out, an identical clip is infinite',
+    '96x96 RGB face crop, float arithmetic, data range 255, mean over frames; identical frames left out, '
+    'an identical clip is infinite',
     'TalkLip evaluation/visual_quality.py, without its uint8 wrap'))
 
 class PSNR(ClipMean):
@@ -54,7 +55,8 @@ def _gaussian(size=11, sigma=1.5):
     return tuple(v / sum(w) for v in w)
 
 SSIM_SETTINGS = {
-    'gaussian': SSIMSetting(_gaussian()),                         # scikit-image gaussian_weights, use_sample_covariance=False; TalkLip
+    'gaussian': SSIMSetting(_gaussian()),                         # scikit-image with gaussian_weights=True and
+                                                                  # use_sample_covariance=False; TalkLip
     'gaussian_sample': SSIMSetting(_gaussian(), unbiased=True),   # scikit-image gaussian_weights alone
     'uniform': SSIMSetting((1 / 7,) * 7, unbiased=True),          # scikit-image without options
     'grey': SSIMSetting(_gaussian(), grey=True),
@@ -92,12 +94,14 @@ def ssim_frames(generated,          # (T,3,H,W) uint8, or float in [0,1]
     a, b, span = frame_pair(generated, truth, data_range)
     if setting not in SSIM_SETTINGS: raise unknown_key(setting, SSIM_SETTINGS, 'ssim setting')
     chosen = SSIM_SETTINGS[setting]; side = min(a.shape[-2:])
-    if side < len(chosen.window): raise InputError(f"ssim needs images of at least {len(chosen.window)} pixels a side, got {tuple(a.shape[-2:])}")
+    if side < len(chosen.window):
+        raise InputError(f"ssim needs images of at least {len(chosen.window)} pixels a side, got {tuple(a.shape[-2:])}")
     values = []
     for i in range(0, len(a), 8):                                   # 8 frames at a time stay in the cache
         x, y = a[i:i+8].to(dtype), b[i:i+8].to(dtype)
         if chosen.grey: x, y = ((v * v.new_tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True) for v in (x, y))
-        if chosen.reduce and (factor := max(1, round(side / 256))) > 1: x, y = (torch.nn.functional.avg_pool2d(v, factor) for v in (x, y))
+        if chosen.reduce and (factor := max(1, round(side / 256))) > 1:
+            x, y = (torch.nn.functional.avg_pool2d(v, factor) for v in (x, y))
         values.append(_ssim_maps(x, y, span, chosen).double().flatten(1).mean(1))
     return torch.cat(values)
 
@@ -107,7 +111,8 @@ def ssim(generated, truth, setting='gaussian', data_range=None) -> float:   # 1 
 
 # %% ../../nbs/08_metrics/01_image.ipynb #32622e06
 SSIM_INFO = describe(MetricInfo('ssim', 'SSIM', '', (-1., 1.), True, ('ground_truth',),
-    '96x96 RGB face crop, Gaussian window sigma 1.5 (11x11), population covariance, data range 255, mean over channels and frames',
+    '96x96 RGB face crop, Gaussian window sigma 1.5 (11x11), population covariance, data range 255, '
+    'mean over channels and frames',
     'Wang et al. 2004; scikit-image settings of TalkLip visual_quality.py'))
 
 class SSIM(ClipMean):

@@ -35,7 +35,8 @@ def lmd_frames(generated,        # (T,20|68,2) px
               ) -> np.ndarray:   # (T,) px, NaN where not measurable
     "Mean distance of the mouth points in each frame."
     a, b = mouth_points(generated, 'generated landmarks'), mouth_points(truth, 'true landmarks')
-    if len(a) != len(b): raise InputError(f"generated has {len(a)} frames of landmarks, truth has {len(b)}; cut both to the same frames")
+    if len(a) != len(b):
+        raise InputError(f"generated has {len(a)} frames of landmarks, truth has {len(b)}; cut both to the same frames")
     if aligned: a, b = (p - p.mean(1, keepdims=True) for p in (a, b))
     distance = np.linalg.norm(a - b, axis=-1).mean(1)
     return distance if valid is None else np.where(np.asarray(valid, bool), distance, np.nan)
@@ -59,7 +60,8 @@ def aperture_correlation(generated,    # (T,20|68,2) px
                         ) -> float:    # -1..1; NaN if the true mouth stands still
     "Pearson correlation over time of generated and true mouth opening."
     g, h = aperture(generated), aperture(truth)
-    if len(g) != len(h): raise InputError(f"generated has {len(g)} frames of landmarks, truth has {len(h)}; cut both to the same frames")
+    if len(g) != len(h):
+        raise InputError(f"generated has {len(g)} frames of landmarks, truth has {len(h)}; cut both to the same frames")
     use = np.isfinite(g) & np.isfinite(h) & (True if valid is None else np.asarray(valid, bool))
     g, h = g[use], h[use]
     if len(g) < 3 or h.std() < STILL: return float('nan')
@@ -103,7 +105,8 @@ class LipTracker:
                 ) -> np.ndarray:          # (T,20,2) float32 px
         device = next((p.device for p in self.landmarker.parameters()), torch.device('cpu'))
         faces = as_tensor(faces)
-        parts = [self.landmarker(faces[i:i + self.batch].to(device).float() / 255).cpu() for i in range(0, len(faces), self.batch)]
+        parts = [self.landmarker(faces[i:i + self.batch].to(device).float() / 255).cpu()
+                 for i in range(0, len(faces), self.batch)]
         return torch.cat(parts).numpy()
 
     @property

@@ -58,9 +58,11 @@ CLIP_SCORES = {   # metric -> (values of a case, protocol of a case)
     'ssim': (lambda c: ssim_frames(c.generated, c.clip.faces).numpy(), lambda c: f'{c.size}, gaussian'),
     'lmd': (lambda c: lmd_frames(c.lips, c.true_lips), lambda c: c.scorers.lips.protocol),
     'lmd_aligned': (lambda c: lmd_frames(c.lips, c.true_lips, aligned=True), lambda c: c.scorers.lips.protocol),
-    'lmd_stored': (lambda c: lmd_frames(c.lips, c.clip.landmarks, c.clip.valid), lambda c: c.scorers.lips.protocol + ' to stored'),
+    'lmd_stored': (lambda c: lmd_frames(c.lips, c.clip.landmarks, c.clip.valid),
+                   lambda c: c.scorers.lips.protocol + ' to stored'),
     'aperture_correlation': (lambda c: _correlation(c, c.true_lips), lambda c: c.scorers.lips.protocol),
-    'aperture_correlation_stored': (lambda c: _correlation(c, c.clip.landmarks, c.clip.valid), lambda c: c.scorers.lips.protocol + ' to stored'),
+    'aperture_correlation_stored': (lambda c: _correlation(c, c.clip.landmarks, c.clip.valid),
+                                    lambda c: c.scorers.lips.protocol + ' to stored'),
     'lse_d': (lambda c: c.lse.distance, lambda c: c.scorers.sync.protocol),
     'lse_c': (lambda c: c.lse.confidence, lambda c: c.scorers.sync.protocol),
     'offset': (lambda c: c.lse.offset, lambda c: c.scorers.sync.protocol),
@@ -68,7 +70,8 @@ CLIP_SCORES = {   # metric -> (values of a case, protocol of a case)
 
 def available_metrics(scorers: Scorers, own_audio: bool = True) -> list[str]:
     "Metrics that can be scored; with speech of another clip, those that do not compare with true frames."
-    lacking = {n for n, s in (('expert', scorers.sync), ('landmarks', scorers.lips)) if s is None} | (set() if own_audio else {'ground_truth'})
+    have = {'expert': scorers.sync, 'landmarks': scorers.lips, 'ground_truth': own_audio or None}
+    lacking = {need for need, what in have.items() if what is None}
     return [m for m in CLIP_SCORES if not lacking & set(METRICS[m].needs)]
 
 # %% ../../nbs/08_metrics/04_report.ipynb #44196af2
@@ -83,7 +86,8 @@ def score_clip(case: Case, metrics   # names of CLIP_SCORES
         except InputError as error: rows.append(row | dict(reason=str(error))); continue
         used = values[np.isfinite(values)]
         if used.size: row |= dict(value=float(used.mean()), n_frames=len(case.generated) if values.ndim == 0 else used.size)
-        elif np.isposinf(values).any(): row |= dict(value=float('inf'), n_frames=values.size, reason='identical to the ground truth')
+        elif np.isposinf(values).any():
+            row |= dict(value=float('inf'), n_frames=values.size, reason='identical to the ground truth')
         else: row |= dict(reason='no frame with landmarks')
         rows.append(row)
     return rows
@@ -101,7 +105,8 @@ def evaluate_method(method: str,        # e.g. "setup_a"
     possible = available_metrics(scorers, own_audio=wavs is None)
     metrics = possible if metrics is None else [metric_info(m).name for m in metrics]
     if missing := [m for m in metrics if m not in possible]:
-        raise InputError(f"cannot score {', '.join(missing)}: needs {sorted({n for m in missing for n in METRICS[m].needs})}; available now: {', '.join(possible)}")
+        raise InputError(f"cannot score {', '.join(missing)}: needs {sorted({n for m in missing for n in METRICS[m].needs})}; "
+                         f"available now: {', '.join(possible)}")
     give = lambda source, clip: source(clip) if callable(source) else source.get(clip.name)
     rows = []
     for i in progress(range(len(store)), desc=f'score {method}'):
@@ -111,6 +116,7 @@ def evaluate_method(method: str,        # e.g. "setup_a"
             if (generated := give(faces, clip)) is None: raise InputError("the method gave no frames for this clip")
             if wavs is not None and (wav := give(wavs, clip)) is None: raise InputError("no other speech was given for this clip")
             scored = score_clip(Case(generated, clip, scorers, None if wavs is None else wav), metrics)
-        except InputError as error: scored = [dict(metric=m, value=None, n_frames=0, protocol='', reason=str(error)) for m in metrics]
+        except InputError as error:
+            scored = [dict(metric=m, value=None, n_frames=0, protocol='', reason=str(error)) for m in metrics]
         rows += [{k: (common | row)[k] for k in ROW_FIELDS} for row in scored]
     return rows

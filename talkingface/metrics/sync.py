@@ -26,10 +26,13 @@ def lse_distances(video,           # (n,D) embedding of the lips at each positio
     "L2 distance of each lip position to the audio at each shift (published LSE arithmetic)."
     video, audio = (torch.as_tensor(x) for x in (video, audio))
     if video.ndim != 2 or video.shape != audio.shape or not len(video):
-        raise InputError(f"lse_distances needs two (n,D) arrays of one shape with n >= 1, got {tuple(video.shape)} and {tuple(audio.shape)}")
+        raise InputError(f"lse_distances needs two (n,D) arrays of one shape with n >= 1, got {tuple(video.shape)} and "
+                         f"{tuple(audio.shape)}")
     shifted = pad(audio, (0, 0, max_offset, max_offset)).unfold(0, 2 * max_offset + 1, 1)     # (n,D,shifts), a view
-    parts = [(v[:, :, None] - a + eps).square_().sum(1).sqrt() for v, a in zip(video.split(64), shifted.split(64))]
-    return torch.cat(parts)
+    distances = video.new_empty(len(video), shifted.shape[-1])
+    for i in range(0, len(video), 64):                                                        # memory does not grow with n
+        distances[i:i + 64] = (video[i:i + 64, :, None] - shifted[i:i + 64]).add_(eps).square_().sum(1).sqrt_()
+    return distances
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #7bc144ca
 class LSE(NamedTuple):
@@ -103,7 +106,8 @@ class SyncScorer:
         wav = as_tensor(wav).float()
         if len(frames) < window: raise InputError(f"clip has {len(frames)} frames, the expert needs {window}")
         if len(wav) != SAMPLES_PER_FRAME * len(frames):
-            raise InputError(f"audio has {len(wav)} samples, {len(frames)} frames need {SAMPLES_PER_FRAME * len(frames)}; fit it with data.audio.fit_length")
+            raise InputError(f"audio has {len(wav)} samples, {len(frames)} frames need {SAMPLES_PER_FRAME * len(frames)}; fit "
+                             f"it with data.audio.fit_length")
         video, audio = embed_clip(self.expert, frames if span == 255 else frames.float(), wav)
         return video.float().cpu(), audio.float().cpu()
 
@@ -128,6 +132,9 @@ def check_independent(scorer: SyncScorer,
                       generator_meta: dict   # the generator checkpoint's meta.json
                      ) -> None:
     "Refuse a scorer whose weights trained the generator, or whose weights are not known by hash."
-    if not scorer.sha256: raise InputError(f"scorer {scorer.name!r} has no sha256, so nothing shows that it did not train the generator; give it the hash of its weights file")
+    if not scorer.sha256:
+        raise InputError(f"scorer {scorer.name!r} has no sha256, so nothing shows that it did not train the generator; give it "
+                         f"the hash of its weights file")
     if scorer.sha256 in set(_strings(generator_meta)):
-        raise InputError(f"scorer {scorer.name!r} (sha256 {scorer.sha256[:8]}) trained this generator, so its scores would flatter it; score with an expert trained apart")
+        raise InputError(f"scorer {scorer.name!r} (sha256 {scorer.sha256[:8]}) trained this generator, so its scores would "
+                         f"flatter it; score with an expert trained apart")
