@@ -211,7 +211,8 @@ def _notes(table) -> list[str]:
         short = sorted({tell(m, r) for m in metrics for _, r in table.iterrows() if r[f'{m}_n'] < r[f'{m}_given']})
         more = f'; and {len(short) - 6} more (CSV).' if len(short) > 6 else '.'
         if short: notes.append('Left out with a reason: ' + '; '.join(short[:6]) + more)
-    if any(c.endswith('_reported') for c in table): notes.append('Reported: as published, on the data of the papers, by another expert.')
+    if any(c.endswith('_reported') for c in table):
+        notes.append('Reported: as published, on the data of the papers, by another expert.')
     if any((table[c] == False).any() for c in table if c.endswith('_confirmed')):    # noqa: E712, the column may hold NaN
         notes.append('† found in notes on the paper only, not confirmed in its own text.')
     return notes
