@@ -6,8 +6,8 @@
 __all__ = ['ROW_KEY', 'PUBLISHED_FIELDS', 'METHOD_LABELS', 'REFERENCES', 'LATEX', 'INK', 'QUIET_INK', 'RULE', 'DASHES', 'MARKERS',
            'check_rows', 'write_rows', 'read_rows', 'bootstrap_interval', 'summarise', 'paired_difference', 'published',
            'metric_table', 'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'save_figure',
-           'draw_table', 'save_table', 'similarity_along_clips', 'strip_frames', 'qualitative_strip',
-           'write_provenance', 'run_caption']
+           'draw_table', 'save_table', 'similarity_along_clips', 'strip_frames', 'draw_strips', 'qualitative_strip',
+           'clip_strip', 'write_provenance', 'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
 
 # %% ../nbs/09_experiments.ipynb #9173cba8
 from contextlib import contextmanager
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, atomic_path, provenance, repository_root, rng, write_json
+from .core import InputError, atomic_path, provenance, read_json, repository_root, rng, write_json
+from .data.clips import aperture as data_aperture
+from .dubbing import reference_track
 from .metrics.base import METRICS, metric_info
 from .metrics.report import ROW_FIELDS
 
@@ -128,8 +130,8 @@ def published(path: str | Path | None = None,   # None: nbs/papers/published.csv
 
 # %% ../nbs/09_experiments.ipynb #5364c141
 METHOD_LABELS = {'ground_truth': 'Ground truth', 'reencoded': 'Ground truth, re-encoded', 'random_frame': 'Random other frame',
-                 'static_first_frame': 'Static first frame', 'shuffled_audio': 'Shuffled audio', 'setup_a': 'Setup A'}
-REFERENCES = ('ground_truth', 'reencoded', 'random_frame', 'static_first_frame', 'shuffled_audio')   # floors and ceilings
+                 'static_frame': 'Static first frame', 'shuffled_audio': 'Shuffled audio', 'setup_a': 'Setup A'}
+REFERENCES = ('ground_truth', 'reencoded', 'random_frame', 'static_frame', 'shuffled_audio')   # floors and ceilings
 
 def metric_table(summary,                 # from `summarise`
                  methods=None,            # order of lines; None: as in the summary
@@ -429,27 +431,49 @@ def strip_frames(aperture,         # (T,) true mouth opening
     if len(aperture) < columns: raise InputError(f"{columns} columns need at least as many frames, got {len(aperture)}")
     return np.array([p[np.argmax(aperture[p]) if i % 2 else np.argmin(aperture[p])] for i, p in enumerate(parts)])
 
-def qualitative_strip(lines: dict,           # {label: (T,3,H,W) uint8}: reference, masked input, generated, ground truth
+def draw_strips(groups: list,       # of (clip, {label: (k,3,H,W) uint8 frames}, (k,) frame numbers)
+                title: str = '', fps: float = 25.
+               ) -> tuple:          # figure, DataFrame clip, column, frame, seconds
+    "Face crops of one clip or several: a block of labelled rows for each clip, a column for each moment."
+    import pandas as pd
+    columns, rows = len(groups[0][2]), sum(len(lines) for _, lines, _ in groups); size, gap = .95, .22
+    head = .06 + .24 * bool(title); inches = (size * columns + 1.1, size * rows + gap * len(groups) + head)
+    with plotting() as plt:
+        fig = plt.figure(figsize=inches); plt.close(fig); y = inches[1] - head
+        for clip, lines, frames in groups:
+            for i, (label, pictures) in enumerate(lines.items()):
+                y -= size + gap * (i == 0)
+                for j, picture in enumerate(pictures):
+                    ax = fig.add_axes((( 1.05 + size * j) / inches[0], y / inches[1], (size - .03) / inches[0], (size - .03) / inches[1]))
+                    ax.imshow(np.moveaxis(np.asarray(picture), 0, -1), interpolation='lanczos'); ax.set_axis_off()
+                    if i == 0: ax.set_title(f'{frames[j] / fps:.2f} s', fontsize=8, weight='normal', loc='center', color=QUIET_INK, pad=3)
+                fig.text(.98 / inches[0], (y + size / 2) / inches[1], label, ha='right', va='center', fontsize=9)
+        if title: fig.text(.05 / inches[0], 1 - .05 / inches[1], title, ha='left', va='top', weight='bold', fontsize=10)
+    return fig, pd.DataFrame([dict(clip=c, column=j, frame=int(f), seconds=f / fps) for c, _, frames in groups for j, f in enumerate(frames)])
+
+def qualitative_strip(lines: dict,           # {label: (T,3,H,W) uint8 frames of one clip}
                       frames,                # indices of the frames to show
                       title: str = '', clip: str = '', fps: float = 25.
-                     ) -> tuple:             # figure, DataFrame column, frame, seconds, clip
+                     ) -> tuple:             # figure, DataFrame clip, column, frame, seconds
     "Rows of face crops of one clip at the same moments."
-    import pandas as pd
-    frames = np.asarray(frames); size = .95
-    with plotting() as plt:
-        head = .2 + .24 * bool(title)                                        # inches above the pictures
-        inches = (size * len(frames) + 1.1, size * len(lines) + head)
-        fig, axes = plt.subplots(len(lines), len(frames), figsize=inches, squeeze=False); plt.close(fig)
-        fig.subplots_adjust(left=1.05 / inches[0], right=.995, top=1 - head / inches[1], bottom=.01, wspace=.03, hspace=.03)
-        for row, (label, clip_frames) in zip(axes, lines.items()):
-            for ax, f in zip(row, frames):
-                ax.imshow(np.moveaxis(np.asarray(clip_frames[f]), 0, -1), interpolation='lanczos'); ax.set(xticks=[], yticks=[])
-                for spine in ax.spines.values(): spine.set_visible(False)
-            row[0].set_ylabel(label, rotation=0, ha='right', va='center', labelpad=8)
-        for ax, f in zip(axes[0], frames):
-            ax.set_title(f'{f / fps:.2f} s', fontsize=8, weight='normal', loc='center', color=QUIET_INK, pad=3)
-        if title: fig.suptitle(title, x=.005, ha='left', y=.995, va='top', weight='bold', fontsize=10)
-    return fig, pd.DataFrame(dict(column=np.arange(len(frames)), frame=frames, seconds=frames / fps, clip=clip))
+    frames = np.asarray(frames)
+    return draw_strips([(clip, {label: np.asarray(faces)[frames] for label, faces in lines.items()}, frames)], title, fps)
+
+# %% ../nbs/09_experiments.ipynb #ae04e9f5
+def clip_strip(clips: list,               # prepared clips
+               faces: dict,               # {clip name: (T,3,H,W) uint8 generated}
+               reference: str,            # policy that the generator was run with
+               seed: int = 0,             # of that policy
+               columns: int = 8, title: str = ''
+              ) -> tuple:                 # figure, DataFrame
+    "Four rows for each clip, at moments where the true mouth is most closed and most open."
+    groups = []
+    for clip in clips:
+        truth = np.asarray(clip.faces); masked = truth.copy(); masked[:, :, truth.shape[2] // 2:] = 0
+        shown = strip_frames(data_aperture(np.asarray(clip.landmarks)), columns)
+        lines = {'reference': truth[reference_track(clip, reference, seed)], 'masked input': masked, 'generated': faces[clip.name], 'ground truth': truth}
+        groups.append((clip.name, {label: np.asarray(f)[shown] for label, f in lines.items()}, shown))
+    return draw_strips(groups, title)
 
 # %% ../nbs/09_experiments.ipynb #b7dae1c0
 def write_provenance(folder: str | Path,   # e.g. paper_figures/demo
@@ -464,3 +488,24 @@ def run_caption(profile: str, network: str = '', device: str = '', seeds=(), **m
     drawn = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if len(seeds) else ''
     parts = [f'Profile {profile}', network, device, drawn, *(f'{k} {v}' for k, v in more.items())]
     return ', '.join(p for p in parts if p) + '.'
+
+# %% ../nbs/09_experiments.ipynb #f47895d9
+def summary_metrics(summary) -> dict:   # {set: {metric: mean}}
+    "The means of one method's summary as a nested dict of finite numbers."
+    finite = summary[np.isfinite(summary['mean'])]
+    return {s: {r.metric: round(r.mean, 5) for r in group.itertuples()} for s, group in finite.groupby('set', sort=False)}
+
+# %% ../nbs/09_experiments.ipynb #107ca320
+def readme_times(root: str | Path, profile: str) -> str:
+    "One sentence on how long the profile took and on what, from its provenance."
+    path = Path(root)/'paper_figures'/profile/'provenance.json'
+    if not path.is_file(): return f'The profile `{profile}` has not been run in this checkout yet.'
+    record = read_json(path); longest = sorted(record['stages'].items(), key=lambda s: -s[1])[:3]
+    return (f"On {record['cores']} CPU cores the profile `{profile}` took {record['seconds'] / 60:.0f} minutes of stage time, side by side less; the longest: "
+            + ', '.join(f'`{name.split("@")[0]}{" " + name.split("-", 1)[1] if "-" in name else ""}` {seconds:.0f} s' for name, seconds in longest)
+            + f". It was made from commit `{record['git'][:8]}` on {record['made'][:10]}.")
+
+def readme_status(root: str | Path, profile: str, stem: str = 'baselines') -> str:
+    "The rendered table of a profile, or a sentence that says it is not there."
+    path = Path(root)/'paper_figures'/profile/f'{stem}.md'
+    return path.read_text() if path.is_file() else f'No results of the profile `{profile}` yet: `make repro` writes them.'

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LSE_D_INFO', 'LSE_C_INFO', 'OFFSET_INFO', 'QUIET', 'lse_distances', 'LSE', 'lse', 'frame_confidence', 'LSED', 'LSEC',
-           'is_silent', 'SyncScorer', 'check_independent']
+           'is_silent', 'SyncScorer', 'check_independent', 'load_scorer']
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #f6f69f25
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch.nn.functional import pad
 
 from ..core import InputError, SAMPLES_PER_FRAME
 from ..experts.base import embed_clip
+from ..experts.syncnet import build_expert
 from .base import ClipMean, MetricInfo, as_frames, as_tensor, describe
+from ..training.loop import load_model
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #1e722775
 def lse_distances(video,           # (n,D) embedding of the lips at each position
@@ -138,3 +141,12 @@ def check_independent(scorer: SyncScorer,
     if scorer.sha256 in set(_strings(generator_meta)):
         raise InputError(f"scorer {scorer.name!r} (sha256 {scorer.sha256[:8]}) trained this generator, so its scores would "
                          f"flatter it; score with an expert trained apart")
+
+# %% ../../nbs/08_metrics/03_sync.ipynb #12bfcc89
+def load_scorer(folder: str | Path,     # of a trained expert, as `save_model` writes it
+                name: str = 'corpus',   # how tables call it
+                device: str = 'cpu'
+               ) -> SyncScorer:
+    "The scorer of a trained expert, known by the hash of its weights."
+    expert = load_model(folder, build_expert, device)
+    return SyncScorer(expert, name, expert.meta['weights_sha256'])
