@@ -121,6 +121,13 @@ def test_arrays_and_tensors_and_bytes_and_floats_give_one_batch():
     assert a.to('cpu').target.dtype == torch.float32 and len(a[:0]) == 0
 
 
+@pytest.mark.filterwarnings('error')
+def test_read_only_arrays_are_copied():
+    faces = np.zeros((1, 1, 3, 96, 96), np.uint8)
+    faces.flags.writeable = False
+    assert make_batch(dict(faces=faces)).target.sum() == 0
+
+
 @pytest.mark.parametrize('change,message', [
     (dict(mel=np.zeros((1, 5, 16, 80), np.float32)), 'mel: expected shape'),
     (dict(mel=np.zeros((1, 4, 80, 16), np.float32)), 'where T is 5'),

@@ -74,7 +74,7 @@ def make_batch(raw: dict,                                 # `faces`, `reference`
                device: torch.device | str | None = None   # where the batch is wanted; bytes travel, floats are made there
               ) -> GeneratorBatch:
     "The batch that a generator sees, from stored crops; the lower half of `faces` becomes the hidden part."
-    tensor = lambda v: torch.from_numpy(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v
+    tensor = lambda v: torch.from_numpy(np.require(v, requirements=['C', 'W'])) if isinstance(v, np.ndarray) else v
     raw = {k: tensor(v).to(device) if device is not None else tensor(v) for k, v in raw.items() if k in _SHAPES or k == 'faces'}
     if 'faces' not in raw: raise InputError(f"a batch is made from at least `faces`, got {sorted(raw) or 'nothing'}")
     target = to_unit(raw.pop('faces'))
