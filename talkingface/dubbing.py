@@ -151,7 +151,7 @@ def dub(video: str | Path,             # the face; any container, rate and size
             raise InputError(f"{video} has {'at least ' if start > frames else ''}{start} frames at {FPS} per second, its track "
                              f"has {frames}; track this video again")
     without = int((~track.valid).sum())
-    return dict(video=video.name, audio=Path(audio).name, out=str(out), frames=frames, seconds=frames/FPS,
+    return dict(video=video.name, audio=Path(audio).name, out=out.name, frames=frames, seconds=frames/FPS,
                 source_fps=probe(video).fps, dubbed=frames - without, without_face=without, audio_seconds=round(given/FPS, 3),
                 audio_change='cut' if given > frames else 'padded with silence' if given < frames else 'none',
                 reference=reference, reference_frame=index, seed=seed, generator=generator.config)
