@@ -54,7 +54,7 @@ def check_corpus_contract(corpus: Corpus) -> None:
     assert isinstance(corpus, Corpus) and len(records) == len(corpus) > 0, f"{corpus} has no records or a wrong length"
     assert records == list(corpus), "the order of records changes from one iteration to the next"
     assert len({r.clip for r in records}) == len(records), "two clips have one name"
-    assert all('/' not in r.clip and r.clip and r.split and r.identity for r in records), "a record lacks a name, split or identity"
+    assert all('/' not in r.clip and r.clip and r.split and r.identity for r in records), "a name, split or identity is lacking"
     assert len({(r.identity, r.split) for r in records}) == len({r.identity for r in records}), "an identity lies in two splits"
     for record in records: assert record.video.is_file(), f"{record.clip}: no video {record.video}"
 
@@ -84,7 +84,8 @@ class FolderCorpus:
         self.root, self.split, self.licence = Path(root), split, licence
         self.name = self.root.resolve().name
         if not self.root.is_dir(): raise InputError(f"no such folder: {self.root}; expected a tree of videos")
-        self.videos = sorted(p for p in self.root.rglob('*') if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file() and p.name[0] != '.')
+        self.videos = sorted(p for p in self.root.rglob('*')
+                             if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file() and p.name[0] != '.')
         if not self.videos: raise InputError(f"no videos under {self.root}; expected files ending in {', '.join(VIDEO_SUFFIXES)}")
         stems = [self._stem(video) for video in self.videos]
         self._double = {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
@@ -96,7 +97,8 @@ class FolderCorpus:
         split = folders.pop(0) if folders and folders[0] in ('train', 'val', 'test') else self.split
         clip = self._stem(video) + (video.suffix.replace('.', '_') if self._stem(video) in self._double else '')
         known = folders and folders[-1] not in _PLAIN_FOLDERS
-        return Record(clip, split, '__'.join([split, *folders]) if known else clip, video, _beside(video, 'audio', AUDIO_SUFFIXES),
+        identity = '__'.join([split, *folders]) if known else clip
+        return Record(clip, split, identity, video, _beside(video, 'audio', AUDIO_SUFFIXES),
                       _beside(video, 'landmarks', ('.npz',)), _transcript(video), self.licence)
 
     def __iter__(self) -> Iterator[Record]: return map(self._record, self.videos)
@@ -170,10 +172,13 @@ def corpus_spec(values: dict | None = None  # what differs from the defaults, e.
     "A spec from the defaults and the changes in `values`; unknown keys and wrong types are refused."
     values = values or {}
     merged = asdict(CorpusSpec())
-    for key, value in values.items(): merged[key] = {**merged[key], **value} if isinstance(merged.get(key), dict) and isinstance(value, dict) else value
+    for key, value in values.items():
+        nested = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = {**merged[key], **value} if nested else value
     spec = typed(CorpusSpec, merged, 'corpus')
     for split in SPLITS:
-        if (kind := getattr(spec, split).kind) not in KINDS: raise InputError(f"corpus.{split}.kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        kind = getattr(spec, split).kind
+        if kind not in KINDS: raise InputError(f"corpus.{split}.kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     return spec
 
 # %% ../../nbs/01_data/04_corpora.ipynb #3a2ba035
@@ -242,12 +247,12 @@ def _make_clip(face: Identity, task: Task, name: str, kind: str, out: Path) -> d
     _write_frames(stem.with_suffix('.mp4'), frames, spec.crf, task.preset)
     save_audio(stem.with_suffix('.flac'), speech.wav)
     save_tracks(stem.with_suffix('.npz'), dict(
-        landmarks=landmarks, visible=visible, valid=np.ones(spec.frames, bool), boxes=boxes, boxes_jittered=jitter_boxes(boxes, seed),
-        visemes=track, pose=motion.pose, aperture=aperture, phones=np.array([p.symbol for p in speech.phones], 'U4'),
+        landmarks=landmarks, visible=visible, valid=np.ones(spec.frames, bool), boxes=boxes,
+        boxes_jittered=jitter_boxes(boxes, seed), visemes=track, pose=motion.pose, aperture=aperture, phones=np.array([p.symbol for p in speech.phones], 'U4'),
         phone_times=np.array([(p.start, p.end) for p in speech.phones], np.float32).reshape(-1, 2)))
     hashes = {key: file_hash(stem.with_suffix(suffix)) for key, suffix in _FILES.items()}
-    return dict(clip=name, split=task.split, identity=f'{task.split}_{task.number:04d}', voice=voice.name, kind=kind, text=speech.text,
-                frames=spec.frames, seconds=spec.frames / FPS, fps=FPS, size=spec.size, seed=seed, **hashes)
+    return dict(clip=name, split=task.split, identity=f'{task.split}_{task.number:04d}', voice=voice.name, kind=kind,
+                text=speech.text, frames=spec.frames, seconds=spec.frames / FPS, fps=FPS, size=spec.size, seed=seed, **hashes)
 
 def make_person(task: Task, out: Path) -> list[dict]:
     "All clips of one person, written to `out`/<split>/; their rows of the manifest."
@@ -305,12 +310,14 @@ class RenderedCorpus:
                 ):
         self.root, manifest = Path(root), Path(root)/'manifest.csv'
         if not manifest.is_file():
-            raise StoreError(f"no corpus in {self.root}: {manifest} is missing. Fetch it with `dvc pull` or build it with `python -m talkingface corpus`")
+            raise StoreError(f"no corpus in {self.root}: {manifest} is missing. "
+                             "Fetch it with `dvc pull` or build it with `python -m talkingface corpus`")
         with open(manifest, newline='', encoding='utf8') as file: rows = list(csv.DictReader(file))
         lacking = set(COLUMNS) - set(rows[0] if rows else ())
         if lacking: raise StoreError(f"{manifest} is empty or damaged (no {', '.join(sorted(lacking))}); build the corpus again")
         known = {row['split'] for row in rows}
-        if unknown := set(splits or ()) - known: raise InputError(f"{self.root} has no split {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        if unknown := set(splits or ()) - known:
+            raise InputError(f"{self.root} has no split {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
         self.rows = [row for row in rows if splits is None or row['split'] in splits]
 
     def files(self, row: dict) -> dict[str, Path]:

@@ -164,7 +164,8 @@ def synthesise(text: str,        # what to say
     if not text.strip(): raise InputError("nothing to say: the text is empty. For a silent clip use speech_track('silence', ...)")
     header, samples = _espeak(text, voice, seed)
     if not header['known']:
-        raise InputError(f"espeak-ng knows no voice {voice.language}+{voice.variant}. Accents: {', '.join(ACCENTS)}; variants: see VOICES")
+        raise InputError(f"espeak-ng knows no voice {voice.language}+{voice.variant}. "
+                         f"Accents: {', '.join(ACCENTS)}; variants: see VOICES")
     if not len(samples): raise InputError(f"espeak-ng made no sound of {text!r}; give it words to say")
     phones = _phones(header['phones'], len(samples) / header['rate'], header['rate'], 6.4 / voice.rate)
     from scipy.signal import resample_poly
@@ -191,7 +192,8 @@ def _utterances(kind: str, room: float, voice: Voice, draw, seed: int) -> list[t
         seconds = len(heard.wav) / SAMPLE_RATE
         if at + pause + seconds <= room: said.append((text, heard, at + pause)); at += pause + seconds
         if said and (kind == 'word' or room - at < .6): break
-    if not said: raise InputError(f"no {kind} of voice {voice.name} fits into {room:.2f} s; give the clip more frames or a smaller lead")
+    if not said:
+        raise InputError(f"no {kind} of voice {voice.name} fits into {room:.2f} s; give the clip more frames or a smaller lead")
     return said
 
 def _recording(speech: np.ndarray, level: float, floor: float, bits: int, draw) -> np.ndarray:
@@ -223,7 +225,8 @@ def speech_track(kind: str,             # 'sentences', 'words', 'word' (one, cen
     for _, heard, at in said:
         first = round((begin + at) * SAMPLE_RATE)
         wav[first:first + len(heard.wav)] += heard.wav
-        phones += [Phone(p.symbol, round(p.start + first / SAMPLE_RATE, 5), round(p.end + first / SAMPLE_RATE, 5)) for p in heard.phones]
+        moved = first / SAMPLE_RATE
+        phones += [Phone(p.symbol, round(p.start + moved, 5), round(p.end + moved, 5)) for p in heard.phones]
     wav = _recording(wav, draw.uniform(-27, -20), floor, bits, draw)
     return Speech(wav, phones, ' '.join(text for text, _, _ in said))
 
