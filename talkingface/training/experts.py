@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CURVE', 'MIRRORED_MOUTH', 'Augmentation', 'ExpertParams', 'draw_moves', 'move', 'relight', 'augment',
-           'step_generator', 'SyncObjective', 'clip_scores', 'speech_positions', 'pair_shares', 'segment_offsets',
-           'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy', 'data_hash', 'plateau_warning',
-           'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points', 'soften', 'opening',
-           'landmark_errors', 'train_landmarker']
+           'step_generator', 'same_sounds', 'SyncObjective', 'clip_scores', 'speech_positions', 'pair_shares',
+           'segment_offsets', 'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy', 'data_hash',
+           'plateau_warning', 'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points',
+           'soften', 'opening', 'landmark_errors', 'train_landmarker']
 
 # %% ../../nbs/06_training/01_experts.ipynb #edcf8912
 import math
@@ -50,12 +50,14 @@ class ExpertParams(Runtime):
     lr: float = 1e-3
     warmup: int = 50               # steps of linear rise, then cosine decay
     temperature: float = 15.       # first factor of the cosines (InfoNCE); it is learned
+    same_sound: float = .3         # mels that differ by less on average are no negatives of each other (InfoNCE); 0 for none
     weight_decay: float = 0.
     augmentation: Augmentation = field(default_factory=Augmentation)
-    plateau_after: int = 300       # steps until the plateau warning
+    plateau_after: int = 400       # steps until the plateau warning
     seed: int = 0
     def __post_init__(self):
-        if self.batch % self.per_clip: raise ParamsError(f"batch: expected a multiple of per_clip={self.per_clip}, got {self.batch}")
+        if self.batch % self.per_clip:
+            raise ParamsError(f"batch: expected a multiple of per_clip={self.per_clip}, got {self.batch}")
 
 # %% ../../nbs/06_training/01_experts.ipynb #5bbb1a4b
 def draw_moves(batch: int, how: Augmentation, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -93,6 +95,14 @@ def step_generator(seed: int, *keys) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
 
 # %% ../../nbs/06_training/01_experts.ipynb #9cdb5274
+def same_sounds(mel: Tensor,    # (B, 80, 16)
+                least: float    # mean absolute difference below which two windows sound the same
+               ) -> Tensor:     # (B, B) bool, False on the diagonal
+    "Which windows of a batch sound alike, apart from each with itself."
+    alike = torch.cdist(mel.flatten(1), mel.flatten(1), p=1) < least * mel[0].numel()
+    return alike & ~torch.eye(len(mel), dtype=torch.bool, device=mel.device)
+
+# %% ../../nbs/06_training/01_experts.ipynb #fb73dff3
 class SyncObjective(nn.Module):
     "An expert with its objective: a batch in, loss and training accuracy out. One forward, as data-parallel training wants."
     def __init__(self, expert: SyncExpert, params: ExpertParams):
@@ -108,10 +118,11 @@ class SyncObjective(nn.Module):
         faces = augment(batch['faces'], self.params.augmentation, step_generator(self.params.seed, 'augment', key), dtype)
         v = self.expert.embed_video(faces)[:, 0]
         if self.params.loss == 'bce': return self.bce(v, batch)
-        return self.infonce(v, self.expert.embed_audio(batch['mel'])[:, 0])
+        return self.infonce(v, self.expert.embed_audio(batch['mel'])[:, 0], same_sounds(batch['mel'], self.params.same_sound))
 
-    def infonce(self, v: Tensor, a: Tensor) -> dict:
-        scores = v @ a.T * self.log_scale.exp().clamp(max=60.); own = torch.arange(len(v), device=v.device)
+    def infonce(self, v: Tensor, a: Tensor, same: Tensor) -> dict:
+        own = torch.arange(len(v), device=v.device)
+        scores = (v @ a.T * self.log_scale.exp().clamp(max=60.)).masked_fill(same, -math.inf)
         loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
         return {'loss': loss, 'accuracy': (scores.argmax(1) == own).float().mean(), 'scale': self.log_scale.exp()}
 
@@ -145,7 +156,8 @@ def segment_offsets(scores: np.ndarray, segment: int = 25, reach: int = 15, ever
     "First positions of runs of `segment` windows and the offset in frames at which each run's mean cosine peaks."
     starts = np.arange(reach, len(scores) - reach - segment + 1, every)
     inner = np.arange(reach, len(scores) - reach)
-    band = np.stack([scores[inner, inner + k] for k in range(-reach, reach + 1)], 1) if len(starts) else np.zeros((0, 2 * reach + 1))
+    if not len(starts): return starts, np.zeros(0, int)
+    band = np.stack([scores[inner, inner + k] for k in range(-reach, reach + 1)], 1)
     means = [band[s - reach:s - reach + segment].mean(0) for s in starts]
     return starts, np.array([m.argmax() - reach for m in means], int)
 

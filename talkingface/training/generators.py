@@ -60,10 +60,11 @@ class GeneratorParams(Runtime):
 # %% ../../nbs/06_training/02_generators.ipynb #dd3ce8dd
 def weights_at(step: int, row: Row, params: GeneratorParams) -> dict[str, float]:
     "Weights of the losses at `step`: 0 before `late_start` for those that wait."
-    return {name: float(weight) if name in params.early or step >= params.late_start else 0. for name, weight in row.losses.items()}
+    return {name: float(weight) if name in params.early or step >= params.late_start else 0.
+            for name, weight in row.losses.items()}
 
 def build_terms(row: Row, expert: nn.Module | None = None) -> dict[str, LossTerm]:
-    "The loss terms of `row`. A term on an expert whose cosine can be negative is rescaled to [0, 1] unless the row says otherwise."
+    "The loss terms of `row`. Where the cosine of the expert can be negative, a term is rescaled unless the row says otherwise."
     terms = {}
     for name, weight in row.losses.items():
         if not weight: continue
@@ -122,7 +123,8 @@ class GeneratorTraining:
     def __init__(self, fabric, generator: Generator, row: Row, params: GeneratorParams, expert: nn.Module | None):
         self.fabric, self.row, self.params, self.generator = fabric, row, params, generator
         self.terms = {name: term.to(fabric.device) for name, term in build_terms(row, expert).items()}
-        adam = lambda net, lr: fabric.setup_optimizers(torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr, (.5, .999)))
+        learning = lambda net: [p for p in net.parameters() if p.requires_grad]
+        adam = lambda net, lr: fabric.setup_optimizers(torch.optim.Adam(learning(net), lr, (.5, .999)))
         net = fabric.setup_module(generator)
         self.modules, self.optimizers = {'generator': net}, {'generator': adam(net, params.lr)}
         if 'adversarial' in self.terms:
@@ -176,8 +178,10 @@ def train_generator(store,                            # clips with split train a
     generator = build_generator(row.generator, **(modules or {})).to(memory_format=torch.channels_last)
     training = GeneratorTraining(fabric, generator, row, params, expert)
     run = fit(fabric, training.modules, training.optimizers, batches, training.step, params.steps, out, config, data, params.seed,
-              warmup_cosine(params.warmup), describe=lambda k: {'weights': weights_at(k, row, params)}, log_every=params.log_every,
-              checkpoint_every=params.checkpoint_every, workers=params.workers, desc=f"generator {row.generator['name']}")
+              warmup_cosine(params.warmup), describe=lambda k: {'weights': weights_at(k, row, params)},
+              log_every=params.log_every, checkpoint_every=params.checkpoint_every, workers=params.workers,
+              desc=f"generator {row.generator['name']}")
     quality = {}
-    if has_split(store, 'val'): quality = generator_quality(training.result, store.split('val'), row.reference, params.validate_clips, landmarker)
+    if has_split(store, 'val'):
+        quality = generator_quality(training.result, store.split('val'), row.reference, params.validate_clips, landmarker)
     return finish_run(run, training.result, {'val': quality})

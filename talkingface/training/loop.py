@@ -345,7 +345,8 @@ class SaveCheckpoint(Callback):
 def named(callbacks: tuple) -> dict[str, Callback]:
     "Callbacks by class, numbered where a class occurs twice: what a checkpoint calls them."
     kinds = [type(c).__name__ for c in callbacks]
-    return {f'{kind}_{kinds[:i].count(kind)}' if kinds.count(kind) > 1 else kind: c for i, (kind, c) in enumerate(zip(kinds, callbacks))}
+    return {f'{kind}_{kinds[:i].count(kind)}' if kinds.count(kind) > 1 else kind: c
+            for i, (kind, c) in enumerate(zip(kinds, callbacks))}
 
 def checkpoints(out: str | Path) -> list[Path]:
     "Whole checkpoints of a run, oldest first."
