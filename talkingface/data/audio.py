@@ -51,7 +51,7 @@ def save_audio(path: str | Path,              # .wav or .flac
 
 def _write_flac(path: Path, samples: np.ndarray, sample_rate: int) -> None:
     import av
-    with av.open(str(path), 'w', format='flac') as container:
+    with av.open(str(path), 'w', format='flac', options={'metadata_header_padding': '0'}) as container:   # 8 KiB of padding else
         stream = container.add_stream('flac', rate=sample_rate, layout='mono', options={'compression_level': '8'})
         stream.codec_context.format = 's16'
         for start in range(0, len(samples), 4096):

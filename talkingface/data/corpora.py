@@ -6,7 +6,7 @@
 __all__ = ['VIDEO_SUFFIXES', 'AUDIO_SUFFIXES', 'SPLITS', 'VOICE_POOLS', 'COLUMNS', 'Record', 'Corpus', 'check_corpus_contract',
            'FolderCorpus', 'save_tracks', 'load_tracks', 'jitter_boxes', 'SplitSpec', 'CorpusSpec', 'corpus_spec',
            'cast_voice', 'Task', 'plan', 'make_person', 'write_manifest', 'build_corpus', 'RenderedCorpus',
-           'check_corpus', 'corpus_differences']
+           'check_corpus', 'corpus_differences', 'whole_corpus', 'open_corpus', 'Selection', 'first_of_each_split']
 
 # %% ../../nbs/01_data/04_corpora.ipynb #bb4f1202
 import csv
@@ -24,7 +24,7 @@ from ..core import FPS, InputError, StoreError, atomic_path, derive_seed, file_h
 from .audio import save_audio
 from .portrait import Identity, Scene, performance, render_clip
 from .speech import HIGH_VARIANTS, KINDS, VOICES, Phone, Voice, speech_track, vary, visemes
-from .video import VideoWriter
+from .video import write_video
 
 # %% ../../nbs/01_data/04_corpora.ipynb #a1a2787e
 @dataclass(frozen=True)
@@ -229,12 +229,6 @@ def _sound(task: Task, name: str, kind: str, voice: Voice, seed: int):
     if kind == 'digital' or (not silent and draw.random() < task.spec.digital): floor = 0.
     return speech_track('silence' if silent else kind, task.spec.frames, voice, seed, task.spec.lead, floor)
 
-def _write_frames(path: Path, frames: np.ndarray, crf: float, preset: str) -> None:
-    "H.264 without x264's macroblock tree, which on AVX-512 reads memory that nothing wrote: other bytes every time."
-    with VideoWriter(path, crf=crf, preset=preset) as writer:
-        writer.options['x264-params'] = 'mbtree=0'
-        writer.write(frames)
-
 def _make_clip(face: Identity, task: Task, name: str, kind: str, out: Path) -> dict:
     "Speak, move, render and write one clip; its row of the manifest."
     seed, spec = derive_seed(task.seed, 'clip', name), task.spec
@@ -244,7 +238,7 @@ def _make_clip(face: Identity, task: Task, name: str, kind: str, out: Path) -> d
     motion = performance(seed, spec.frames, track, speech.wav, spec.style)
     frames, landmarks, visible, boxes, aperture = render_clip(face, Scene(face, seed, spec.size), track, motion)
     stem = out/task.split/name
-    _write_frames(stem.with_suffix('.mp4'), frames, spec.crf, task.preset)
+    write_video(stem.with_suffix('.mp4'), frames, crf=spec.crf, preset=task.preset)
     save_audio(stem.with_suffix('.flac'), speech.wav)
     save_tracks(stem.with_suffix('.npz'), dict(
         landmarks=landmarks, visible=visible, valid=np.ones(spec.frames, bool), boxes=boxes,
@@ -346,3 +340,38 @@ def corpus_differences(one: str | Path, other: str | Path) -> list[str]:
     "Names of the clips whose rows differ between two corpora, or that only one of them has; empty means identical bytes."
     first, second = ({row['clip']: row for row in RenderedCorpus(root).rows} for root in (one, other))
     return sorted(clip for clip in first.keys() | second.keys() if first.get(clip) != second.get(clip))
+
+# %% ../../nbs/01_data/04_corpora.ipynb #b854a159
+def whole_corpus(root: str | Path) -> RenderedCorpus:
+    "The rendered corpus in `root` after `check_corpus`; a `StoreError` names what is damaged."
+    if problems := check_corpus(root):
+        first = ', '.join(f"{p['file']} is {p['problem']}" for p in problems[:3])
+        raise StoreError(f"{root}: {len(problems)} files are not what the manifest says ({first}); restore them with `dvc checkout --force`")
+    return RenderedCorpus(root)
+
+# %% ../../nbs/01_data/04_corpora.ipynb #7d35bb71
+def open_corpus(root: str | Path, licence: str | None = None) -> Corpus:
+    "The corpus in a folder: `RenderedCorpus` if it has our manifest, `FolderCorpus` otherwise."
+    root = Path(root)
+    return RenderedCorpus(root) if (root/'manifest.csv').is_file() else FolderCorpus(root, licence=licence or 'unknown')
+
+@dataclass(frozen=True)
+class Selection:
+    "Some records of a corpus, as a corpus."
+    name: str
+    licence: str
+    records: tuple[Record, ...]
+    def __iter__(self) -> Iterator[Record]: return iter(self.records)
+    def __len__(self) -> int: return len(self.records)
+
+def first_of_each_split(corpus: Corpus,
+                        limit: dict[str, int] | None = None   # split -> number of clips; None keeps all
+                       ) -> Corpus:
+    "The first clips of each split of a corpus; splits that `limit` does not name are left out."
+    if limit is None: return corpus
+    left, chosen = dict(limit), []
+    for record in corpus:
+        if left.get(record.split, 0) > 0: left[record.split] -= 1; chosen.append(record)
+    if lacking := [split for split, count in limit.items() if left[split] == count and count]:
+        raise InputError(f"corpus {corpus.name} has no split {', '.join(lacking)}; it has {', '.join(sorted({r.split for r in corpus}))}")
+    return Selection(corpus.name, corpus.licence, tuple(chosen))

@@ -69,7 +69,7 @@ class VideoWriter:
                  crf: float = 18,                  # x264 rate factor: 18 looks lossless, 28 is small
                  preset: str = 'medium'):          # x264 speed against size
         self.path, self.fps, self.sample_rate = Path(path), Fraction(fps).limit_denominator(1001), int(sample_rate)
-        self.options = dict(crf=f'{crf:g}', preset=preset, threads='1')
+        self.options = {'crf': f'{crf:g}', 'preset': preset, 'threads': '1', 'x264-params': 'mbtree=0'}
         self.wav = None if wav is None else np.asarray(wav, np.float32)
         self.frames = self._samples = 0; self._container = None
         if self.path.suffix not in _SOUND:
