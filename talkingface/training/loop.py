@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import pickle
 import random
 import shutil
@@ -38,8 +39,7 @@ if TYPE_CHECKING: from lightning.fabric import Fabric   # its import takes secon
 def make_fabric(device: str = 'cpu',              # "cpu", "cuda" or "auto"
                 precision: str = '32-true',       # or "bf16-mixed"
                 threads: int | None = None,       # CPU threads of this process; None leaves torch's choice
-                deterministic: bool = False,      # ordered sums on a GPU where torch has them
-                devices: int | str = 1            # processes on this machine; "auto" takes what `torchrun` started
+                deterministic: bool = False       # ordered sums on a GPU where torch has them
                ) -> 'Fabric':
     "A launched Fabric. The number of threads of torch is set here and nowhere else."
     if precision not in ('32-true', 'bf16-mixed'):
@@ -50,7 +50,9 @@ def make_fabric(device: str = 'cpu',              # "cpu", "cuda" or "auto"
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True); torch.backends.cudnn.benchmark = False
     from lightning.fabric import Fabric
-    fabric = Fabric(accelerator={'cuda': 'gpu'}.get(device, device), devices=devices, precision=precision)
+    here, nodes = (int(os.environ.get(name, 1)) for name in ('LOCAL_WORLD_SIZE', 'GROUP_WORLD_SIZE'))   # set by torchrun
+    fabric = Fabric(accelerator={'cuda': 'gpu'}.get(device, device), devices=here, num_nodes=nodes, precision=precision,
+                    strategy='ddp' if here * nodes > 1 else 'auto')
     fabric.launch()
     return fabric
 
