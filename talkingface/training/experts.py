@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CURVE', 'MIRRORED_MOUTH', 'Augmentation', 'ExpertParams', 'draw_moves', 'move', 'relight', 'augment',
-           'step_generator', 'same_sounds', 'SyncObjective', 'clip_scores', 'speech_positions', 'pair_shares',
-           'segment_offsets', 'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy', 'data_hash',
-           'plateau_warning', 'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points',
-           'soften', 'opening', 'landmark_errors', 'train_landmarker']
+           'step_generator', 'SyncObjective', 'clip_scores', 'speech_positions', 'pair_shares', 'segment_offsets',
+           'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy', 'data_hash', 'plateau_warning',
+           'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points', 'soften', 'opening',
+           'landmark_errors', 'train_landmarker']
 
 # %% ../../nbs/06_training/01_experts.ipynb #edcf8912
 import math
@@ -43,17 +43,16 @@ class ExpertParams(Runtime):
     "Settings of one expert's training."
     net: dict = field(default_factory=lambda: {'name': 'light_syncnet'})
     loss: Literal['infonce', 'bce'] = 'infonce'
-    steps: int = 1000
+    steps: int = 700
     batch: int = 64                # windows in a batch
     per_clip: int = 8              # of them from one clip: these are each other's hard negatives
     min_offset: int = 5            # frames between a window and its negative (BCE)
-    lr: float = 1e-3
+    lr: float = 2e-3               # for InfoNCE; BCE needs 1e-4
     warmup: int = 50               # steps of linear rise, then cosine decay
     temperature: float = 15.       # first factor of the cosines (InfoNCE); it is learned
-    same_sound: float = .3         # mels that differ by less on average are no negatives of each other (InfoNCE); 0 for none
     weight_decay: float = 0.
     augmentation: Augmentation = field(default_factory=Augmentation)
-    plateau_after: int = 400       # steps until the plateau warning
+    plateau_after: int = 300       # steps until the plateau warning
     seed: int = 0
     def __post_init__(self):
         if self.batch % self.per_clip:
@@ -95,14 +94,6 @@ def step_generator(seed: int, *keys) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
 
 # %% ../../nbs/06_training/01_experts.ipynb #9cdb5274
-def same_sounds(mel: Tensor,    # (B, 80, 16)
-                least: float    # mean absolute difference below which two windows sound the same
-               ) -> Tensor:     # (B, B) bool, False on the diagonal
-    "Which windows of a batch sound alike, apart from each with itself."
-    alike = torch.cdist(mel.flatten(1), mel.flatten(1), p=1) < least * mel[0].numel()
-    return alike & ~torch.eye(len(mel), dtype=torch.bool, device=mel.device)
-
-# %% ../../nbs/06_training/01_experts.ipynb #fb73dff3
 class SyncObjective(nn.Module):
     "An expert with its objective: a batch in, loss and training accuracy out. One forward, as data-parallel training wants."
     def __init__(self, expert: SyncExpert, params: ExpertParams):
@@ -118,11 +109,10 @@ class SyncObjective(nn.Module):
         faces = augment(batch['faces'], self.params.augmentation, step_generator(self.params.seed, 'augment', key), dtype)
         v = self.expert.embed_video(faces)[:, 0]
         if self.params.loss == 'bce': return self.bce(v, batch)
-        return self.infonce(v, self.expert.embed_audio(batch['mel'])[:, 0], same_sounds(batch['mel'], self.params.same_sound))
+        return self.infonce(v, self.expert.embed_audio(batch['mel'])[:, 0])
 
-    def infonce(self, v: Tensor, a: Tensor, same: Tensor) -> dict:
-        own = torch.arange(len(v), device=v.device)
-        scores = (v @ a.T * self.log_scale.exp().clamp(max=60.)).masked_fill(same, -math.inf)
+    def infonce(self, v: Tensor, a: Tensor) -> dict:
+        scores = v @ a.T * self.log_scale.exp().clamp(max=60.); own = torch.arange(len(v), device=v.device)
         loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
         return {'loss': loss, 'accuracy': (scores.argmax(1) == own).float().mean(), 'scale': self.log_scale.exp()}
 
@@ -230,10 +220,9 @@ def plateau_warning(params: ExpertParams) -> PlateauWarning:
     causes = ("Known causes: a learning rate that is too high (BCE on cosine needs 1e-4), too few windows in the batch or of one "
               "clip, sound that is not in sync with the picture (check the offsets of the clips), crops without the mouth. "
               "InfoNCE with several windows per clip leaves this plateau soonest")
-    levels = {math.log(params.batch): f'nothing is told apart (ln {params.batch})',
-              math.log(params.per_clip): f'clips are told apart, moments are not (ln {params.per_clip})'}
-    if params.loss == 'bce': levels = {math.log(2): 'every pair gets the same answer (ln 2)'}
-    return PlateauWarning(levels, causes, params.plateau_after)
+    if params.loss == 'bce': level = {math.log(2): 'every pair gets the same answer (ln 2)'}
+    else: level = {math.log(params.batch): f'nothing is told apart (ln {params.batch})'}
+    return PlateauWarning(level, causes, params.plateau_after)
 
 def train_expert(store,                  # clips with splits train and, if there are, val and test
                  params: ExpertParams,
@@ -276,9 +265,9 @@ MIRRORED_MOUTH = [6, 5, 4, 3, 2, 1, 0, 11, 10, 9, 8, 7, 16, 15, 14, 13, 12, 19, 
 class LandmarkParams(Runtime):
     "Settings of the landmarker's training."
     width: int = 24
-    steps: int = 600
+    steps: int = 500
     batch: int = 64
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup: int = 20
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(4, True, .2))
     blur: float = .6       # share of pictures that are softened
