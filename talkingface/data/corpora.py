@@ -182,7 +182,7 @@ def corpus_spec(values: dict | None = None  # what differs from the defaults, e.
     return spec
 
 # %% ../../nbs/01_data/04_corpora.ipynb #3a2ba035
-_HELD_OUT = dict(val='grandma victor Denis kaukovalta',
+_HELD_OUT = dict(val='grandma victor Denis',
                  test='f3 shelby steph Andy Jacky Storm Nguyen travis ed sandro m8',
                  words='aunty m7 ian Reed', hd='Alicia Marco david rob')
 VOICE_POOLS = {split: tuple(names.split()) for split, names in _HELD_OUT.items()}

@@ -33,7 +33,7 @@ class Voice:
 ACCENTS = ('en-us', 'en-gb-x-rp', 'en-gb-scotland', 'en-us-nyc', 'en-029', 'en-gb-x-gbclan', 'en-gb-x-gbcwmd')
 HIGH_VARIANTS = tuple('Alicia Andrea Annie anika aunty belinda f1 f2 f3 f4 f5 grandma linda shelby steph'.split())
 LOW_VARIANTS = tuple('''Alex Andy AnxiousAndy Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Mike
-    Nguyen Reed Storm Tweaky antonio boris david ed edward edward2 grandpa gustave ian iven2 iven4 kaukovalta klatt klatt3
+    Nguyen Reed Storm Tweaky antonio boris david ed edward edward2 grandpa gustave ian iven2 iven4 klatt klatt3
     klatt4 m1 m2 m4 m5 m7 m8 marcelo max michel miguel mike2 norbert pablo paul pedro quincy rob robert sandro travis
     victor'''.split())
 VOICES = [Voice(variant, variant) for variant in HIGH_VARIANTS + LOW_VARIANTS]
