@@ -8,10 +8,9 @@ __all__ = ['METHODS', 'reference_track', 'revoice', 'ground_truth', 'reencoded',
 
 # %% ../nbs/07_dubbing.ipynb #89b09d19
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterator
+from typing import Callable
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from .data.audio import fit_length, load_audio, mel_spectrogram
 from .data.clips import Clip, frame_mels, read_tensors, reference_frames
 from .data.faces import FaceTracker, Track, crop_faces, paste_faces
 from .data.video import VideoWriter, probe, read_frames, stream_frames, write_video
-from .generators.base import Generator, make_batch
+from .generators.base import Generator, draw_clip
 
 # %% ../nbs/07_dubbing.ipynb #f8a41369
 def reference_track(clip,              # a Clip, or anything with `name`, `landmarks` (T,68,2) and `valid` (T,)
@@ -34,20 +33,9 @@ def reference_track(clip,              # a Clip, or anything with `name`, `landm
     return reference_frames(clip, reference, 0, len(clip.valid), rng(seed, 'reference', clip.name), seed)
 
 # %% ../nbs/07_dubbing.ipynb #d0c2ced0
-def _draw(generator: Generator, faces: np.ndarray, references: np.ndarray, mels: np.ndarray) -> np.ndarray:
+def _draw(generator: Generator, faces: np.ndarray, references: np.ndarray, mels: np.ndarray, batch: int = 32) -> np.ndarray:
     "Draw (n,3,H,H) uint8 faces from the upper halves of `faces`, references of the same shape and mel windows (n,80,16)."
-    device = next((p.device for p in generator.parameters()), torch.device('cpu'))
-    raw = dict(faces=faces[None], reference=references[None], mel=mels[None])
-    with torch.no_grad(): drawn = generator(make_batch(raw, generator.size, device))[0]
-    return (drawn.clamp(0, 1)*255).round().to(torch.uint8).cpu().numpy()
-
-@contextmanager
-def _evaluating(generator: Generator) -> Iterator[None]:
-    "Evaluation mode inside the block."
-    training = generator.training
-    generator.eval()
-    try: yield
-    finally: generator.train(training)
+    return (draw_clip(generator, faces, references, mels, batch)*255).round().to(torch.uint8).numpy()
 
 def _mel(sound: np.ndarray) -> np.ndarray:
     "The mel (80,M) of `sound`, which may be one already."
@@ -63,9 +51,7 @@ def revoice(generator: Generator,
     "The faces of `clip`, made by `generator` to speak `sound`; every frame of the clip comes back."
     mels = frame_mels(_mel(np.asarray(sound)), len(clip.faces))
     shown = reference_track(clip, reference, seed)
-    chunks = [slice(i, i + batch) for i in range(0, len(mels), batch)]
-    with _evaluating(generator): parts = [_draw(generator, clip.faces[c], clip.faces[shown[c]], mels[c]) for c in chunks]
-    return np.concatenate(parts)
+    return _draw(generator, clip.faces, clip.faces[shown], mels, batch)
 
 # %% ../nbs/07_dubbing.ipynb #ff11cccc
 def ground_truth(clip: Clip, seed: int = 0) -> np.ndarray:
@@ -141,7 +127,7 @@ def dub(video: str | Path,             # the face; any container, rate and size
     wav = fit_length(wav, frames)
     mels, index = frame_mels(mel_spectrogram(wav), frames), _reference_frame(track, reference, seed, video.stem)
     shown, start = _reference_face(video, track, index, generator.size), 0
-    with _evaluating(generator), VideoWriter(out, FPS, wav) as writer:
+    with VideoWriter(out, FPS, wav) as writer:
         for part in stream_frames(video, chunk=chunk):
             now = slice(start, start + len(part))
             start += len(part)

@@ -146,13 +146,15 @@ def affected(graph: dict[str, set], changed: set) -> list[str]:
     return order
 
 # %% ../nbs/10_pipeline.ipynb #2a310c46
-NOISE = re.compile(r'IPKernelApp|Kernel is running over TCP|frozen_modules|^\s*$|to track the changes with git|git add|enable auto staging'
+NOISE = re.compile(r'IPKernelApp|Kernel is running over TCP|frozen_modules|^\s*$|[Tt]o track the changes with git|git add|enable auto staging'
                    r'|dvc config core.autostage|Use `dvc push`')
 
 def _run_one(root: Path, name: str, width: int) -> None:
     "Let DVC run one stage, its output shown line by line with the stage's name before it."
-    command = [sys.executable, '-m', 'dvc', 'repro', '--wait-for-lock', '--single-item', name]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    command = [sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', '--single-item', name]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"        # dvc.yaml says `python`: it must be this one
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace',
+                               env={**os.environ, 'PATH': path})
     tail = []
     for line in process.stdout:
         for part in line.replace('\r', '\n').splitlines():

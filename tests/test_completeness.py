@@ -46,6 +46,11 @@ def exported(path) -> str:
     return '\n'.join(c.source for c in cells(path) if re.match(r'#\|\s*export', c.source))
 
 
+def named_in(source: str) -> set[str]:
+    "Modules of ours that registries name as text, `talkingface.generators.light:LightGenerator`."
+    return {m for m in re.findall(r"'talkingface\.([\w.]+):\w+'", source)} & set(MODULES)
+
+
 CLOSURE = {}
 
 
@@ -54,7 +59,7 @@ def closure(modules) -> set[str]:
     seen, todo = set(), set(modules)
     while todo:
         m = todo.pop(); seen.add(m)
-        if m not in CLOSURE: CLOSURE[m] = imports_of(exported(LIBRARY[MODULES[m]]))
+        if m not in CLOSURE: CLOSURE[m] = imports_of(exported(LIBRARY[MODULES[m]])) | named_in(exported(LIBRARY[MODULES[m]]))
         todo |= CLOSURE[m] - seen
     return seen
 

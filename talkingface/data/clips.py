@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from ..core import (FPS, SAMPLES_PER_FRAME, InputError, StoreError, atomic_path, file_hash, progress, read_json, rng,
                               write_json)
-from .audio import MEL_STEPS, mel_start, mel_windows
+from .audio import MEL_SILENCE, MEL_STEPS, mel_start, mel_windows
 
 # %% ../../nbs/01_data/06_clips.ipynb #1ce97535
 _DTYPES = {'U8': np.uint8, 'BOOL': np.bool_, 'F32': np.float32, 'F64': np.float64, 'I64': np.int64, 'I32': np.int32}
@@ -424,9 +424,10 @@ class _Batches(Dataset):
         return out
 
     def _mels(self, clips, starts) -> torch.Tensor:
-        "(B,80,16) sync windows."
-        at = [mel_start(int(s)) for s in starts]
-        return torch.from_numpy(np.stack([self.store[c].mel[:, a:a + MEL_STEPS] for c, a in zip(clips, at)]))
+        "(B,80,16) sync windows; the last windows of fewer than five frames reach beyond the end, into silence."
+        parts = [self.store[c].mel[:, (a := mel_start(int(s))):a + MEL_STEPS] for c, s in zip(clips, starts)]
+        whole = lambda m: np.pad(m, ((0, 0), (0, MEL_STEPS - m.shape[1])), constant_values=MEL_SILENCE) if m.shape[1] < MEL_STEPS else m
+        return torch.from_numpy(np.stack([whole(m) for m in parts]))
 
 # %% ../../nbs/01_data/06_clips.ipynb #34c1f469
 class SyncBatches(_Batches):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'GeneratorBatch', 'make_batch', 'Generator', 'per_frame', 'random_batch', 'check_generator',
-           'generator_class', 'build_generator']
+           'generator_class', 'build_generator', 'draw_clip']
 
 # %% ../../nbs/05_generators/00_base.ipynb #572583be
 import dataclasses
@@ -209,3 +209,20 @@ def build_generator(config: dict,     # `name` and the arguments of that generat
     for key in (*arguments, *modules):
         if key not in known: raise unknown_key(key, known, f"generator {config['name']}")
     return made(**arguments, **modules)
+
+# %% ../../nbs/05_generators/00_base.ipynb #27e59822
+@torch.no_grad()
+def draw_clip(generator: Generator,
+              faces: np.ndarray,       # (T,3,H,H) uint8; their upper halves are shown
+              references: np.ndarray,  # (T,3,H,H) uint8
+              mels: np.ndarray,        # (T,80,16)
+              chunk: int = 32          # frames at a time
+             ) -> Tensor:              # (T,3,H,H) in [0, 1], on the CPU
+    "All frames of a clip, drawn in evaluation mode on the generator's device."
+    device = next((p.device for p in generator.parameters()), torch.device('cpu')); training, drawn = generator.training, []
+    generator.eval()
+    for i in range(0, len(mels), chunk):
+        raw = dict(faces=faces[i:i + chunk], reference=references[i:i + chunk], mel=mels[i:i + chunk])
+        drawn.append(generator(make_batch({k: v[None] for k, v in raw.items()}, generator.size, device))[0].float().cpu())
+    generator.train(training)
+    return torch.cat(drawn)

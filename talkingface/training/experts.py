@@ -6,7 +6,7 @@
 __all__ = ['CURVE', 'MIRRORED_MOUTH', 'Augmentation', 'ExpertParams', 'draw_moves', 'move', 'relight', 'augment',
            'step_generator', 'SyncObjective', 'clip_scores', 'speech_positions', 'pair_shares', 'segment_offsets',
            'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy', 'data_hash', 'plateau_warning',
-           'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points', 'soften', 'opening',
+           'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points', 'soften',
            'landmark_errors', 'train_landmarker']
 
 # %% ../../nbs/06_training/01_experts.ipynb #edcf8912
@@ -18,7 +18,7 @@ from typing import Literal
 from ..core import SAMPLES_PER_FRAME, InputError, ParamsError, derive_seed, rng
 from ..data.clips import SyncBatches
 from ..experts.base import SyncExpert, WindowExpert, embed_clip
-from ..experts.landmarks import MOUTH, LipLandmarker
+from ..experts.landmarks import MOUTH, LipLandmarker, mouth_opening
 from ..experts.syncnet import build_expert
 from .loop import (EarlyStop, PlateauWarning, Runtime, Validate, begin_run, finish_run, fit, warmup_cosine)
 
@@ -166,7 +166,9 @@ def best_threshold(positive: np.ndarray, negative: np.ndarray) -> float:
     return float(candidates[shares.argmax()])
 
 # %% ../../nbs/06_training/01_experts.ipynb #2fba29d5
-def has_split(store, split: str) -> bool: return any(row['split'] == split for row in store.rows)
+def has_split(store, split: str) -> bool:
+    "Are there clips of `split`?"
+    return any(row['split'] == split for row in store.rows)
 
 def some_clips(store, split: str):
     "The clips of `split`; an empty split is an error."
@@ -307,10 +309,6 @@ def soften(faces: Tensor, share: float, noise: float, generator: torch.Generator
     return (faces.lerp(blurred, (weight * lower).to(faces)) + grain.to(faces)).clamp(0, 1)
 
 # %% ../../nbs/06_training/01_experts.ipynb #473227fb
-def opening(points: np.ndarray) -> np.ndarray:
-    "Opening of the inner lips in px, mean of the pairs 61-67, 62-66, 63-65, of points (..., 20, 2)."
-    return np.linalg.norm(points[..., [13, 14, 15], :] - points[..., [19, 18, 17], :], axis=-1).mean(-1)
-
 @torch.no_grad()
 def landmark_errors(landmarker: nn.Module, store, split: str | None = None,
                     every: int = 2,        # use every n-th frame
@@ -331,9 +329,9 @@ def landmark_errors(landmarker: nn.Module, store, split: str | None = None,
     if not found: raise InputError(f"expected clips with valid landmarks to measure on, got {len(clips)} clips with none")
     error = lambda a, b: float(np.mean([np.linalg.norm(x - y, axis=-1).mean() for x, y in zip(a, b)]))
     p, q = zip(*found); centre = lambda x: x - x.mean(1, keepdims=True)
-    moving = [(opening(a), opening(b)) for a, b in found if opening(b).std() > .1]
+    moving = [(mouth_opening(a), mouth_opening(b)) for a, b in found if mouth_opening(b).std() > .1]
     return {'error': error(p, q), 'centred': error(map(centre, p), map(centre, q)),
-            'opening_error': float(np.mean([np.abs(opening(a) - opening(b)).mean() for a, b in found])),
+            'opening_error': float(np.mean([np.abs(mouth_opening(a) - mouth_opening(b)).mean() for a, b in found])),
             'opening_correlation': float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in moving])) if moving else None,
             'clips': len(found)}
 

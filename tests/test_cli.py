@@ -1,0 +1,85 @@
+"""Bad input at the command line: one message that says what was expected, what came and what to do; no traceback; status 1."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from talkingface.cli import main
+from talkingface.data.video import write_video
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A folder of videos in which something is wrong with each."
+    videos = tmp_path/'videos'; videos.mkdir()
+    (videos/'empty.mp4').write_bytes(b'')
+    (videos/'text.mp4').write_text('not a video')
+    write_video(videos/'untracked.mp4', np.zeros((10, 64, 64, 3), np.uint8))
+    return tmp_path
+
+
+def told(capsys, *argv) -> str:
+    assert main([str(a) for a in argv]) == 1
+    error = capsys.readouterr().err
+    assert 'Traceback' not in error and error.startswith('talkingface ')
+    return error
+
+
+def test_help_of_every_command(capsys):
+    for command in ('corpus', 'prepare', 'train', 'generate', 'evaluate', 'repro', 'stage', 'real', 'bench'):
+        with pytest.raises(SystemExit) as stop: main([command, '--help'])
+        assert stop.value.code == 0 and 'usage' in capsys.readouterr().out
+
+
+def test_wrong_usage_has_status_2(capsys):
+    with pytest.raises(SystemExit) as stop: main(['prepare'])
+    assert stop.value.code == 2 and '--corpus' in capsys.readouterr().err
+
+
+def test_no_such_folder(capsys, tmp_path):
+    assert 'no such folder' in told(capsys, 'prepare', '--corpus', tmp_path/'absent', '--out', tmp_path/'store')
+
+
+def test_unusable_clips_are_rows_and_status_1(capsys, folder):
+    assert main(['prepare', '--corpus', str(folder/'videos'), '--out', str(folder/'store'), '--workers', '1']) == 1
+    assert '0 of 3 clips used' in capsys.readouterr().out
+    table = (folder/'store'/'prepare.csv').read_text()
+    assert all(name in table for name in ('empty', 'text', 'untracked'))
+
+
+def test_no_such_store(capsys, tmp_path):
+    assert 'run prepare' in told(capsys, 'train', 'expert', '--store', tmp_path, '--out', tmp_path/'out')
+
+
+def test_mistyped_setting(capsys, folder):
+    main(['prepare', '--corpus', str(folder/'videos'), '--out', str(folder/'store'), '--workers', '1']); capsys.readouterr()
+    assert "did you mean 'steps'" in told(capsys, 'train', 'expert', '--store', folder/'store', '--out', folder/'out', '--params', '{step: 3}')
+    assert 'expected a block' in told(capsys, 'train', 'expert', '--store', folder/'store', '--out', folder/'out', '--params', 'steps')
+
+
+def test_no_trained_generator(capsys, folder):
+    assert 'meta.json' in told(capsys, 'generate', '--video', 'a.mp4', '--audio', 'a.wav', '--generator', folder, '--out', folder/'o.mp4')
+
+
+def test_missing_detector_weights_are_named(capsys, folder, monkeypatch):
+    monkeypatch.setenv('TALKINGFACE_WEIGHTS', str(folder))
+    error = told(capsys, 'prepare', '--corpus', folder/'videos', '--out', folder/'store', '--tracker', 'face-alignment', '--workers', '1')
+    assert str(folder) in error and '.pth' in error
+
+
+def test_real_clips_need_a_folder(capsys, monkeypatch):
+    monkeypatch.delenv('TALKINGFACE_REAL_CLIPS', raising=False)
+    assert 'TALKINGFACE_REAL_CLIPS' in told(capsys, 'real')
+
+
+def test_the_module_runs_as_a_program(root):
+    done = subprocess.run([sys.executable, '-m', 'talkingface', 'corpus', 'check', '--root', 'absent'], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1 and 'absent' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_import_is_quick_and_light():
+    "`import talkingface` loads neither torch nor weights, and `import talkingface.core` no heavy package."
+    code = "import sys, talkingface, talkingface.core; heavy = {'torch', 'cv2', 'av', 'librosa', 'pandas', 'matplotlib'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

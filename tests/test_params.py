@@ -1,0 +1,80 @@
+"""params.yaml: every block of every profile fills its dataclass, and a wrong one is refused by name."""
+import re
+
+import pytest
+import yaml
+
+from talkingface.core import ParamsError, typed
+from talkingface.data.corpora import corpus_spec
+from talkingface.experts.syncnet import build_expert
+from talkingface.generators.base import generator_class
+from talkingface.metrics.base import metric_info
+from talkingface.metrics.report import CLIP_SCORES
+from talkingface.pipeline import params_block, read_params, select_profiles, stage_parameters
+from talkingface.training.experts import ExpertParams, LandmarkParams
+from talkingface.training.generators import GeneratorParams, Row
+from talkingface.losses.sync import LOSSES
+
+
+@pytest.fixture(scope='module')
+def params(root): return read_params(root)
+
+
+@pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
+def test_every_block_fills_its_dataclass(params, profile):
+    block = params['profiles'][profile]; place = {'device': block['device'], 'seed': block['seed']}
+    for name in params['experts']: typed(ExpertParams, {**place, **block['experts'][name]}, f'{profile}.experts.{name}')
+    typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
+    typed(GeneratorParams, {**place, **{k: v for k, v in block['generator'].items() if k not in ('net', 'options')}})
+    generator_class(block['generator']['net']['name'])
+    for name in block['evaluate']['metrics']: assert metric_info(name).name in CLIP_SCORES
+    for name, row in params['rows'].items():
+        filled = {'generator': block['generator']['net'], 'options': block['generator'].get('options', {}), **{k: v for k, v in row.items() if k != 'about'}}
+        assert set(typed(Row, filled).losses) <= set(LOSSES) and (row['expert'] is None or row['expert'] in params['experts'])
+
+
+@pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium'])
+def test_the_judge_trains_nothing(params, profile):
+    assert all(row['expert'] != 'judge' for row in params['rows'].values())
+    build_expert(params['profiles'][profile]['experts']['judge']['net'])
+
+
+def changed(root, tmp_path, change) -> None:
+    text = (root/'params.yaml').read_text(); (tmp_path/'params.yaml').write_text(change(text)); (tmp_path/'settings.ini').write_text('')
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda t: t.replace('landmarker:', 'landmaker:'), "unknown key 'landmaker', did you mean 'landmarker'"),
+    (lambda t: t.replace('run: [', 'run: [demmo, '), "did you mean 'demo'"),
+    (lambda t: re.sub(r'\n    figures:.*', '', t), 'missing figures'),
+    (lambda t: t + '\n  broken: [', 'not valid YAML'),
+], ids=['key', 'profile', 'missing', 'yaml'])
+def test_a_wrong_file_is_refused(root, tmp_path, change, message):
+    changed(root, tmp_path, change)
+    with pytest.raises(ParamsError, match=re.escape(message)): read_params(tmp_path)
+
+
+def test_a_mistyped_value_is_refused(params):
+    block = {**params['profiles']['smoke']['experts']['syncnet'], 'steps': '12'}
+    with pytest.raises(ParamsError, match='steps: expected int'): typed(ExpertParams, block)
+    with pytest.raises(ParamsError, match="did you mean 'precision'"): typed(ExpertParams, {'presicion': 'bf16-mixed'})
+
+
+def test_numbers_are_numbers(root):
+    "YAML reads 1e-4 as text; a file full of numbers should hold none of those."
+    assert not re.findall(r'[ :]\d+e-?\d+', (root/'params.yaml').read_text())
+
+
+def test_profiles_are_selected_by_one_line(root, tmp_path):
+    changed(root, tmp_path, lambda t: t); before = (tmp_path/'params.yaml').read_text()
+    select_profiles(tmp_path, ['smoke'])
+    after = (tmp_path/'params.yaml').read_text()
+    assert yaml.safe_load(after)['run'] == ['smoke'] and sum(a != b for a, b in zip(before.splitlines(), after.splitlines())) == 1
+    with pytest.raises(ParamsError, match="did you mean 'medium'"): select_profiles(tmp_path, ['medim'])
+
+
+def test_stage_parameters_take_blocks(root):
+    got = stage_parameters(root, ['row=@rows.setup_a', 'seed=@profiles.demo.seed', 'out=runs/x'])
+    assert got['row']['expert'] == 'syncnet' and got['seed'] == 0 and got['out'] == 'runs/x'
+    with pytest.raises(ParamsError, match="did you mean 'setup_a'"): stage_parameters(root, ['row=@rows.setup_b'])
+    assert params_block({'a': {'b': None}}, 'a.b') is None

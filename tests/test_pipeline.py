@@ -1,0 +1,149 @@
+"""The whole pipeline at smoke size, in a copy of the checkout: from the tracked corpus to tables and figures, and a second run that does nothing."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from talkingface.core import ParamsError
+from talkingface.pipeline import affected, check_parameters
+
+pytestmark = pytest.mark.e2e
+
+
+def run(folder: Path, *command, check=True):
+    "A command of this environment in `folder`; its output is shown if it fails."
+    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'DVC_NO_ANALYTICS': '1'}
+    done = subprocess.run([sys.executable, '-m', *map(str, command)], cwd=folder, env=environment, text=True, capture_output=True, timeout=1200)
+    assert not check or done.returncode == 0, f'{command} failed:\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}'
+    return done
+
+
+@pytest.fixture(scope='module')
+def checkout(root, tmp_path_factory) -> Path:
+    "A copy of the tracked files and the data, with the profile smoke selected and built."
+    if not (root/'data'/'corpus'/'manifest.csv').is_file(): pytest.fail('no data/corpus: `dvc pull data.dvc` (make test does it)')
+    copy = tmp_path_factory.mktemp('pipeline')/'checkout'
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns('.venv', '.git', 'runs', 'cache', 'tmp', '_docs', '_docs_src', 'dvcstore', '__pycache__', '*.egg-info',
+                                                               'paper_figures', '.pytest_cache', 'dvc.lock'))
+    subprocess.run(['git', 'init', '-q', str(copy)], check=True)
+    log = run(copy, 'talkingface', 'repro', '--profile', 'smoke')
+    (copy/'log.txt').write_text(log.stdout)
+    return copy
+
+
+def test_tables_and_figures_are_there_with_their_numbers(checkout):
+    made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
+    expected = {f'baselines.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in ('strip', 'stabilized_sync/fig_01') for s in ('csv', 'pdf', 'png')}
+    assert expected | {'provenance.json'} <= made
+    table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
+    assert set(table['method']) == {'ground_truth', 'reencoded', 'setup_a', 'random_frame', 'static_frame', 'shuffled_audio'}
+    assert set(table['set']) == {'test', 'words', 'hd'}
+
+
+def test_rows_hold_a_value_or_a_reason(checkout):
+    for path in (checkout/'runs'/'smoke'/'rows').glob('*.csv'):
+        rows = pd.read_csv(path, keep_default_na=False)
+        assert list(rows) == ['profile', 'method', 'set', 'clip', 'seed', 'metric', 'value', 'n_frames', 'protocol', 'reason']
+        assert ((rows['value'] != '') | (rows['reason'] != '')).all()
+
+
+def test_floors_and_ceilings_stand_where_they_must(checkout):
+    table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv').set_index(['set', 'method'])
+    for name in ('test', 'words', 'hd'):
+        cells = table.loc[name]
+        assert cells.loc['ground_truth', 'ssim'] == 1 and cells.loc['ground_truth', 'lmd'] == 0 and np.isinf(cells.loc['ground_truth', 'psnr'])
+        assert 1 > cells.loc['reencoded', 'ssim'] > cells.loc['random_frame', 'ssim']
+        assert np.isnan(cells.loc['shuffled_audio', 'psnr'])
+
+
+def test_provenance_says_what_made_it(checkout):
+    record = json.loads((checkout/'paper_figures'/'smoke'/'provenance.json').read_text())
+    assert record['profile'] == 'smoke' and record['device'] == 'cpu' and record['seeds'] == [0] and len(record['data']) == 64
+    assert record['params']['profile']['landmarker']['steps'] == 12 and len(record['stages']) >= 12 and record['seconds'] > 0
+
+
+def test_executed_notebooks_are_kept_without_stamps(checkout):
+    kept = sorted((checkout/'runs'/'smoke'/'notebooks').glob('*.ipynb'))
+    assert len(kept) == 13
+    for path in kept: assert 'papermill' not in nbformat.read(path, 4).metadata
+
+
+def test_second_run_does_nothing(checkout):
+    assert 'Data and pipelines are up to date' in run(checkout, 'dvc', 'repro').stdout
+    assert 'everything is up to date' in run(checkout, 'talkingface', 'repro').stdout
+
+
+def test_prose_retrains_nothing(checkout):
+    "Editing the words of a library notebook and exporting again changes no module, so no stage runs."
+    path = checkout/'nbs'/'06_training'/'00_loop.ipynb'; nb = nbformat.read(path, 4)
+    next(c for c in nb.cells if c.cell_type == 'markdown').source += '\n\nOne more sentence.'
+    nbformat.write(nb, path)
+    subprocess.run([str(Path(sys.executable).parent/'nbdev_export')], cwd=checkout, check=True)
+    assert 'up to date' in run(checkout, 'talkingface', 'repro').stdout
+
+
+def test_metrics_and_plots_are_known_to_dvc(checkout):
+    shown = json.loads(run(checkout, 'dvc', 'metrics', 'show', '--json').stdout)
+    assert any('scores-setup_a.json' in name for name in shown['']['data'])
+    assert 'prepare@smoke' in run(checkout, 'dvc', 'dag').stdout
+
+
+def test_the_command_line_scores_and_dubs(checkout, tmp_path):
+    "With the networks of the smoke run: rows of a set, and a video of a corpus clip with another's speech."
+    runs = checkout/'runs'/'smoke'
+    run(checkout, 'talkingface', 'evaluate', '--store', runs/'store', '--sets', 'words', '--judge', runs/'experts'/'judge', '--landmarker', runs/'landmarker',
+        '--generated', runs/'generated'/'setup_a', '--out', tmp_path/'rows.csv', '--profile', 'smoke')
+    assert set(pd.read_csv(tmp_path/'rows.csv')['method']) == {'setup_a'}
+    words = checkout/'data'/'corpus'/'words'
+    done = run(checkout, 'talkingface', 'generate', '--video', words/'words_0000_0.mp4', '--audio', words/'words_0001_0.flac', '--generator', runs/'generators'/'setup_a',
+               '--out', tmp_path/'out.mp4')
+    from talkingface.data.video import probe
+    assert probe(tmp_path/'out.mp4').frames == 29 and 'frames' in done.stdout
+
+
+def test_an_expert_that_trained_never_scores(checkout):
+    from talkingface.core import InputError, read_json
+    from talkingface.metrics.sync import check_independent, load_scorer
+    meta = read_json(checkout/'runs'/'smoke'/'generated'/'setup_a'/'meta.json')
+    check_independent(load_scorer(checkout/'runs'/'smoke'/'experts'/'judge'), meta)
+    with pytest.raises(InputError, match='trained this generator'): check_independent(load_scorer(checkout/'runs'/'smoke'/'experts'/'syncnet'), meta)
+
+
+def test_footage_keeps_frames_and_time(checkout, tmp_path):
+    "The path of `make real`, on two corpus clips laid out like real ones."
+    for part in ('clips', 'audio', 'landmarks'): (tmp_path/'real'/part).mkdir(parents=True)
+    for name in ('test_0000_0', 'test_0001_0'):
+        for part, suffix in (('clips', '.mp4'), ('audio', '.flac'), ('landmarks', '.npz')):
+            shutil.copy(checkout/'data'/'corpus'/'test'/f'{name}{suffix}', tmp_path/'real'/part)
+    run(checkout, 'talkingface', 'real', '--folder', tmp_path/'real', '--out', tmp_path/'out', '--profile', 'smoke')
+    report = json.loads((tmp_path/'out'/'report.json').read_text())
+    assert report['kept']['frames'] == report['kept']['frames_made'] == 100 and report['prepared'] == {'given': 2, 'used': 2}
+    assert (tmp_path/'out'/'strip.png').is_file() and len(pd.read_csv(tmp_path/'out'/'rows.csv')) == report['rows'] == 9
+
+
+def test_a_damaged_corpus_stops_the_pipeline(checkout):
+    victim = checkout/'data'/'corpus'/'test'/'test_0000_0.flac'; kept = victim.read_bytes(); victim.chmod(0o644)
+    try:
+        victim.write_bytes(b'damaged')
+        failed = run(checkout, 'talkingface', 'stage', 'nbs/papers/common/corpus.ipynb', '--name', 'corpus@smoke', '--set', 'profile=smoke',
+                     'params=@profiles.smoke.corpus', 'seed=0', f'out={checkout.parent}/out', check=False)
+        assert failed.returncode == 1 and 'test_0000_0.flac' in failed.stderr and 'Traceback' not in failed.stderr
+    finally: victim.write_bytes(kept)
+
+
+def test_unknown_parameters_are_refused(root):
+    with pytest.raises(ParamsError, match="did you mean 'store'"): check_parameters(root/'nbs'/'papers'/'common'/'generate.ipynb', {'stor': 'x'})
+    with pytest.raises(ParamsError, match='no parameters found'): check_parameters(root/'nbs'/'00_core.ipynb', {'x': 1})
+
+
+def test_only_what_follows_a_change_runs():
+    graph = {'prepare': set(), 'train': {'prepare'}, 'judge': {'prepare'}, 'score': {'train', 'judge'}}
+    assert affected(graph, {'judge'}) == ['judge', 'score'] and affected(graph, set()) == []
+    assert affected(graph, {'prepare'})[0] == 'prepare' and affected(graph, {'prepare'})[-1] == 'score'
