@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export PYTHONDONTWRITEBYTECODE := 1
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: setup repro test docs lab bench corpus real export clean help
+.PHONY: setup repro test coverage docs lab bench corpus real export clean help
 .DEFAULT_GOAL := help
 
 setup: $(VENV)/.stamp  ## make the environment in .venv: every package at its pinned version
@@ -25,6 +25,11 @@ $(VENV)/.stamp: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# espeak-ng is GPL-3: only rebuilding the corpus (and testing that) installs it
+$(VENV)/.stamp-corpus: $(VENV)/.stamp requirements-corpus.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-corpus.txt
+	@touch $@
+
 data: $(VENV)/.stamp data.dvc
 	$(BIN)/dvc pull --quiet data.dvc
 	@touch data
@@ -32,22 +37,27 @@ data: $(VENV)/.stamp data.dvc
 repro: data  ## the main job: corpus, training, evaluation, every table and figure of the profile
 	$(BIN)/python -m talkingface repro $(if $(PROFILE),--profile $(PROFILE)) $(if $(JOBS),--jobs $(JOBS))
 
-test: data  ## every test: notebooks, parity with goldens, properties, the whole pipeline at smoke size
+test: data $(VENV)/.stamp-corpus  ## every test: notebooks, parity with goldens, properties, the whole pipeline at smoke size
 	$(BIN)/python -m pytest -n $(or $(JOBS),$(shell nproc)) --dist loadfile
 
-docs: $(VENV)/.stamp  ## the documentation site in _docs/, links checked
+docs: data $(VENV)/.stamp-corpus  ## the documentation site in _docs/, links checked
 	$(BIN)/python nbs/_docs/build.py
+
+coverage: data $(VENV)/.stamp-corpus  ## the tests with the lines that they run
+	$(BIN)/python -m pytest -n $(or $(JOBS),$(shell nproc)) --dist loadfile --cov=talkingface --cov-report=term
 
 lab: data  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 bench: data  ## speed, as ratios measured in one run: rendering, preparing, reading, training steps
-	$(BIN)/python -m talkingface bench
+	$(BIN)/python -m talkingface repro --stages prepare $(if $(PROFILE),--profile $(PROFILE))
+	$(BIN)/python -m talkingface bench $(if $(PROFILE),--profile $(PROFILE))
 
-corpus: $(VENV)/.stamp  ## rebuild the tracked corpus and compare its bytes with data/corpus
+corpus: data $(VENV)/.stamp-corpus  ## rebuild the tracked corpus and compare its bytes with data/corpus
 	$(BIN)/python -m talkingface corpus check --rebuild
 
-real: data  ## run the trained models on real clips (folder TALKINGFACE_REAL_CLIPS)
+real: data  ## train if that is to be done, then run the models on real clips (folder TALKINGFACE_REAL_CLIPS)
+	$(BIN)/python -m talkingface repro --stages train_expert train_landmarker train_generator $(if $(PROFILE),--profile $(PROFILE))
 	$(BIN)/python -m talkingface real $(if $(PROFILE),--profile $(PROFILE))
 
 export: $(VENV)/.stamp  ## notebooks -> talkingface/ and README.md

@@ -9,9 +9,10 @@ __all__ = ['build_parser', 'main']
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
-from .core import InputError, ParamsError, TalkingFaceError, repository_root, typed
+from .core import InputError, ParamsError, TalkingFaceError, read_json, repository_root, typed
 
 # %% ../nbs/13_cli.ipynb #ef286c8b
 def _corpus(args) -> int:
@@ -80,9 +81,18 @@ def _evaluate(args) -> int:
     store = ClipStore(args.store); clips = store.split(*args.sets) if args.sets else store
     faces = stored_faces(args.generated, clips.names) if args.generated else METHODS['ground_truth']
     method = args.method or ('ground_truth' if not args.generated else Path(args.generated).name)
-    rows = evaluate_method(method, faces, clips, corpus_scorers(args.judge, args.landmarker, args.device), args.profile, args.seed, args.metrics)
+    scorers = corpus_scorers(args.judge, args.landmarker, args.device)
+    if args.generated and scorers.sync: _independent(scorers.sync, Path(args.generated)/'meta.json')
+    rows = evaluate_method(method, faces, clips, scorers, args.profile, args.seed, args.metrics)
     write_rows(args.out, rows); print(summarise(rows).to_string(index=False))
+    for reason, count in Counter(r['reason'] for r in rows if r['value'] is None).items(): print(f'no value for {count} rows: {reason}')
     return 0 if any(r['value'] is not None for r in rows) else 1
+
+def _independent(scorer, meta: Path) -> None:
+    "Refuse a judge that trained the generator; say so where nothing is known of the training."
+    from talkingface.metrics.sync import check_independent
+    if meta.is_file(): check_independent(scorer, read_json(meta))
+    else: print(f'no {meta}: nothing shows that the judge did not train this generator', file=sys.stderr)
 
 # %% ../nbs/13_cli.ipynb #01e63135
 def _stage(args) -> int:
@@ -95,7 +105,7 @@ def _repro(args) -> int:
     from talkingface.pipeline import repro, select_profiles
     root = repository_root()
     if args.profile: select_profiles(root, args.profile)
-    repro(root, args.jobs)
+    repro(root, args.jobs, args.stages)
     return 0
 
 def _real(args) -> int:
@@ -114,7 +124,7 @@ def _bench(args) -> int:
 # %% ../nbs/13_cli.ipynb #58af3af5
 def _common(parser, *names):
     "Options that several commands share."
-    if 'device' in names: parser.add_argument('--device', default='cpu', help='cpu, cuda or auto (default: cpu)')
+    if 'device' in names: parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     if 'seed' in names: parser.add_argument('--seed', type=int, default=0)
     if 'workers' in names: parser.add_argument('--workers', type=int, help='processes (default: one per core)')
     if 'tracker' in names: parser.add_argument('--tracker', choices=['stored', 'face-alignment'], default='stored', help='where landmarks come from')
@@ -149,6 +159,7 @@ def _model_commands(add) -> None:
 def _pipeline_commands(add) -> None:
     p = add('repro', _repro, 'bring every table and figure up to date, independent stages side by side')
     p.add_argument('--profile', nargs='+', help='build these profiles (sets the line `run:` of params.yaml)'); p.add_argument('--jobs', type=int, help='stages at a time')
+    p.add_argument('--stages', nargs='+', help='only these stages and what they need, e.g. prepare')
     p = add('stage', _stage, 'run one stage notebook (dvc.yaml calls this)'); p.add_argument('notebook'); p.add_argument('--name', required=True)
     p.add_argument('--set', nargs='+', default=[], metavar='KEY=VALUE', help='parameters; @a.b takes a block of params.yaml')
     p = add('real', _real, 'run the trained models on a folder of real clips with stored landmarks'); p.add_argument('--folder'); p.add_argument('--out')
@@ -171,4 +182,6 @@ def main(argv: list[str] | None = None   # without the program's name; None take
     args = build_parser().parse_args(argv)
     try: return args.function(args)
     except TalkingFaceError as error: print(f'talkingface {args.command}: {error}', file=sys.stderr); return 1
+    except OSError as error: print(f'talkingface {args.command}: {error.strerror or error}: {error.filename or ""}; check the path, its permissions '
+                                   'and the free space, then run the command again', file=sys.stderr); return 1
     except KeyboardInterrupt: print(f'talkingface {args.command}: interrupted; what was finished is kept, run it again to go on', file=sys.stderr); return 130

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FPS', 'SAMPLE_RATE', 'SAMPLES_PER_FRAME', 'TalkingFaceError', 'InputError', 'ParamsError', 'CheckpointError',
            'StoreError', 'MissingExtra', 'MissingWeights', 'require', 'frame_at', 'seconds_at', 'derive_seed', 'rng',
-           'seed_everything', 'atomic_path', 'write_json', 'read_json', 'file_hash', 'content_hash', 'weights_folder',
-           'weights_file', 'unknown_key', 'typed', 'repository_root', 'git_sha', 'versions', 'provenance', 'progress']
+           'seed_everything', 'atomic_path', 'write_json', 'read_json', 'file_hash', 'content_hash', 'source_hash',
+           'weights_folder', 'weights_file', 'unknown_key', 'typed', 'repository_root', 'git_sha', 'versions',
+           'provenance', 'progress']
 
 # %% ../nbs/00_core.ipynb #e104f0c2
 import csv
@@ -102,8 +103,9 @@ def atomic_path(path: str | Path,        # final file or folder
     try:
         yield part
         if not part.exists(): raise InputError(f"nothing was written for {path}: the block inside atomic_path wrote no {part.name}")
-        if path.is_dir(): shutil.rmtree(path)
-        os.replace(part, path)
+        old = path.with_name(f'.{path.stem}.{uuid.uuid4().hex[:8]}.old')
+        if path.is_dir(): os.replace(path, old)      # a folder cannot be replaced in one step: the old one is kept until the new one is there
+        os.replace(part, path); shutil.rmtree(old, ignore_errors=True)
     finally:
         if part.is_dir(): shutil.rmtree(part, ignore_errors=True)
         elif part.exists(): part.unlink()
@@ -140,6 +142,18 @@ def content_hash(*paths: str | Path) -> str:
         for file in [root] if root.is_file() else sorted(p for p in root.rglob('*') if p.is_file()):
             digest.update(f'{file.relative_to(root.parent).as_posix()}\0{file_hash(file)}\n'.encode())
     return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #2f1eab9b
+def source_hash(*modules: str  # names within the package, e.g. "layers", "losses" for all of losses.*
+               ) -> str:       # 16 hexadecimal digits
+    "What identifies the sources of some modules: comments and empty lines do not count."
+    digest = hashlib.sha256(); home = Path(__file__).parent
+    for module in sorted(modules):
+        path = home/module.replace('.', '/'); files = sorted(path.rglob('*.py')) if path.is_dir() else [path.with_suffix('.py')]
+        for file in files:
+            lines = [l.rstrip() for l in file.read_text().splitlines() if l.strip() and not l.lstrip().startswith('#')]
+            digest.update('\n'.join([file.relative_to(home).as_posix(), *lines]).encode())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #1942a921
 def weights_folder() -> Path:

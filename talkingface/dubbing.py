@@ -125,7 +125,7 @@ def dub(video: str | Path,             # the face; any container, rate and size
     track, wav = tracker.track(video), load_audio(audio)
     frames, given = len(track), len(wav)/SAMPLES_PER_FRAME
     wav = fit_length(wav, frames)
-    mels, index = frame_mels(mel_spectrogram(wav), frames), _reference_frame(track, reference, seed, video.stem)
+    mel, index = mel_spectrogram(wav), _reference_frame(track, reference, seed, video.stem)
     shown, start = _reference_face(video, track, index, generator.size), 0
     with VideoWriter(out, FPS, wav) as writer:
         for part in stream_frames(video, chunk=chunk):
@@ -133,7 +133,7 @@ def dub(video: str | Path,             # the face; any container, rate and size
             start += len(part)
             if start > frames: break
             piece = Track(track.landmarks[now], track.boxes[now], track.valid[now])
-            writer.write(_dub_frames(part, piece, generator, shown, mels[now], feather))
+            writer.write(_dub_frames(part, piece, generator, shown, frame_mels(mel, np.arange(now.start, now.stop)), feather))
         if start != frames:
             raise InputError(f"{video} has {'at least ' if start > frames else ''}{start} frames at {FPS} per second, its track "
                              f"has {frames}; track this video again")

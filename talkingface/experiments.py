@@ -418,7 +418,7 @@ def similarity_along_clips(curves: dict,          # {clip: (n,) cosine at each p
         low = min(0., float(data['similarity'].min()) - .05)
         ax.set(xlabel='time in clip (s)', ylabel='cosine similarity', ylim=(low, 1.02))
         ax.set_title(f'{expert}: lips and speech along clips')
-        side.set(xlabel='density', title='all positions')
+        side.set(xlabel='density of\nall positions')
         fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2)
     return fig, data
 

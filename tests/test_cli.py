@@ -83,3 +83,28 @@ def test_import_is_quick_and_light():
     code = "import sys, talkingface, talkingface.core; heavy = {'torch', 'cv2', 'av', 'librosa', 'pandas', 'matplotlib'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_path_that_cannot_be_written(capsys, folder):
+    (folder/'file').write_text('')
+    assert 'file' in told(capsys, 'corpus', 'build', '--out', folder/'file'/'corpus', '--spec', '{train: {identities: 1, clips: 1, frames: 5, size: 64}, '
+                          'val: {identities: 0}, test: {identities: 0}, words: {identities: 0}, hd: {identities: 0}}', '--workers', 1)
+
+
+def test_a_stage_needs_its_profile(capsys):
+    assert 'profile' in told(capsys, 'stage', 'nbs/papers/common/generate.ipynb', '--name', 'x', '--set', 'seed=0')
+
+
+def test_unknown_devices_are_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stop: main(['real', '--device', 'cdua'])
+    assert stop.value.code == 2 and 'cdua' in capsys.readouterr().err
+
+
+def test_a_truncated_video_and_a_damaged_store(capsys, folder):
+    "Both at the command line: the video is a row with its reason, the store an error that says `rerun prepare`."
+    whole = write_video(folder/'videos'/'cut.mp4', np.random.default_rng(0).integers(0, 255, (30, 64, 64, 3), np.uint8)); data = whole.read_bytes()
+    whole.write_bytes(data[:len(data)//2])
+    main(['prepare', '--corpus', str(folder/'videos'), '--out', str(folder/'store'), '--workers', '1']); capsys.readouterr()
+    assert 'cut' in (folder/'store'/'prepare.csv').read_text()
+    (folder/'store'/'store.json').write_text('{')
+    assert 'store.json' in told(capsys, 'evaluate', '--store', folder/'store', '--out', folder/'rows.csv')

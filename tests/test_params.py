@@ -33,7 +33,7 @@ def test_every_block_fills_its_dataclass(params, profile):
         assert set(typed(Row, filled).losses) <= set(LOSSES) and (row['expert'] is None or row['expert'] in params['experts'])
 
 
-@pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium'])
+@pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
 def test_the_judge_trains_nothing(params, profile):
     assert all(row['expert'] != 'judge' for row in params['rows'].values())
     build_expert(params['profiles'][profile]['experts']['judge']['net'])
@@ -48,7 +48,11 @@ def changed(root, tmp_path, change) -> None:
     (lambda t: t.replace('run: [', 'run: [demmo, '), "did you mean 'demo'"),
     (lambda t: re.sub(r'\n    figures:.*', '', t), 'missing figures'),
     (lambda t: t + '\n  broken: [', 'not valid YAML'),
-], ids=['key', 'profile', 'missing', 'yaml'])
+    (lambda t: t.replace('\nprofiles:', '\nprofile:', 1), "did you mean 'profiles'"),
+    (lambda t: t.replace('prepare: {size:', 'prepare: {sizes:', 1), "did you mean 'size'"),
+    (lambda t: t.replace('device: cpu', 'device: cup', 1), 'device'),
+    (lambda t: 'demo', 'expected a block'),
+], ids=['key', 'profile', 'missing', 'yaml', 'top', 'block', 'device', 'text'])
 def test_a_wrong_file_is_refused(root, tmp_path, change, message):
     changed(root, tmp_path, change)
     with pytest.raises(ParamsError, match=re.escape(message)): read_params(tmp_path)

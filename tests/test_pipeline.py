@@ -40,7 +40,7 @@ def checkout(root, tmp_path_factory) -> Path:
 
 def test_tables_and_figures_are_there_with_their_numbers(checkout):
     made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
-    expected = {f'baselines.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in ('strip', 'stabilized_sync/fig_01') for s in ('csv', 'pdf', 'png')}
+    expected = {f'baselines.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in ('strip_setup_a', 'stabilized_sync/fig_01') for s in ('csv', 'pdf', 'png')}
     assert expected | {'provenance.json'} <= made
     table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
     assert set(table['method']) == {'ground_truth', 'reencoded', 'setup_a', 'random_frame', 'static_frame', 'shuffled_audio'}
@@ -61,6 +61,7 @@ def test_floors_and_ceilings_stand_where_they_must(checkout):
         assert cells.loc['ground_truth', 'ssim'] == 1 and cells.loc['ground_truth', 'lmd'] == 0 and np.isinf(cells.loc['ground_truth', 'psnr'])
         assert 1 > cells.loc['reencoded', 'ssim'] > cells.loc['random_frame', 'ssim']
         assert np.isnan(cells.loc['shuffled_audio', 'psnr'])
+    assert np.isfinite(table.loc[('test', 'shuffled_audio'), 'lse_d']) and np.isfinite(table.loc[('test', 'ground_truth'), 'lse_d'])
 
 
 def test_provenance_says_what_made_it(checkout):
@@ -95,6 +96,32 @@ def test_metrics_and_plots_are_known_to_dvc(checkout):
     assert 'prepare@smoke' in run(checkout, 'dvc', 'dag').stdout
 
 
+def test_experiments_change_a_parameter_and_compare(checkout):
+    "`dvc exp run -S` reruns what the parameter touches, and no more; metrics and parameters can be compared."
+    for command in (['config', 'user.name', 'test'], ['config', 'user.email', 'test@example.invalid'], ['add', '-A'], ['commit', '-qm', 'smoke']):
+        subprocess.run(['git', '-C', str(checkout), *command], check=True, capture_output=True)
+    done = run(checkout, 'dvc', 'exp', 'run', '-S', 'profiles.smoke.figures.strips=1')
+    assert 'fig_strip@smoke-setup_a' in done.stdout + done.stderr and "Stage 'train_generator@smoke-setup_a' didn't change" in done.stdout
+    changed = json.loads(run(checkout, 'dvc', 'params', 'diff', '--json').stdout)
+    assert changed['params.yaml']['profiles.smoke.figures.strips'] == {'old': 2, 'new': 1}
+    run(checkout, 'dvc', 'metrics', 'diff'); run(checkout, 'dvc', 'plots', 'show', '--json')
+
+
+def test_a_second_row_is_a_block(checkout):
+    "A row that is added to params.yaml gets its stages, and the table waits for its scores."
+    path = checkout/'params.yaml'; text = path.read_text()
+    try:
+        path.write_text(text.replace('\nprofiles:', '\n  no_sync: {about: no sync loss, expert: null, reference: fixed, losses: {pixel: 10.0}}\n\nprofiles:', 1))
+        shown = run(checkout, 'dvc', 'dag', '--dot').stdout
+        assert '"evaluate@smoke-no_sync" -> "table_baselines@smoke"' in shown.replace("'", '"')
+    finally: path.write_text(text)
+
+
+def test_benchmarks_run(checkout):
+    done = run(checkout, 'talkingface', 'bench', '--profile', 'smoke', '--seconds', '.05')
+    assert 'render 256x256' in done.stdout and 'generator light: data_wait' in done.stdout
+
+
 def test_the_command_line_scores_and_dubs(checkout, tmp_path):
     "With the networks of the smoke run: rows of a set, and a video of a corpus clip with another's speech."
     runs = checkout/'runs'/'smoke'
@@ -126,6 +153,13 @@ def test_footage_keeps_frames_and_time(checkout, tmp_path):
     report = json.loads((tmp_path/'out'/'report.json').read_text())
     assert report['kept']['frames'] == report['kept']['frames_made'] == 100 and report['prepared'] == {'given': 2, 'used': 2}
     assert (tmp_path/'out'/'strip.png').is_file() and len(pd.read_csv(tmp_path/'out'/'rows.csv')) == report['rows'] == 9
+
+
+def test_other_data_is_prepared_again(checkout):
+    "What identifies the corpus stands in the output of its stage: other clips make every stage after it stale."
+    from talkingface.core import file_hash
+    about = json.loads((checkout/'runs'/'smoke'/'corpus'/'corpus.json').read_text())
+    assert about['content'] == file_hash(checkout/'data'/'corpus'/'manifest.csv')
 
 
 def test_a_damaged_corpus_stops_the_pipeline(checkout):

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..core import (FPS, SAMPLES_PER_FRAME, InputError, StoreError, atomic_path, file_hash, progress, read_json, rng,
+from ..core import (FPS, SAMPLES_PER_FRAME, source_hash, InputError, StoreError, atomic_path, file_hash, progress, read_json, rng,
                               write_json)
 from .audio import MEL_SILENCE, MEL_STEPS, mel_start, mel_windows
 
@@ -346,7 +346,8 @@ def prepare(corpus,                       # iterable of records (a `Corpus`)
         if not isinstance(tracker, StoredTracks): raise InputError(f"prepare: boxes={boxes!r} needs stored tracks, not {tracker!r}")
         tracker = replace(tracker, boxes=boxes)
     if hasattr(tracker, 'check'): tracker.check()
-    settings = f'v{VERSION} size={size} box={BOX_HEIGHT}x{BOX_ASPECT}@{BOX_MIDDLE} {tracker!r}'; entries = _journal(root)
+    code = source_hash('data.video', 'data.audio', 'data.faces', 'data.clips')     # other code, other crops
+    settings = f'v{VERSION} size={size} box={BOX_HEIGHT}x{BOX_ASPECT}@{BOX_MIDDLE} code={code} {tracker!r}'; entries = _journal(root)
     todo = [r for r in records if not _still_good(r, root, entries.get(r.clip), settings)]
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     entries |= _make_all(todo, root, partial(_made, root=root, tracker=tracker, settings=settings, size=size), workers)
@@ -510,6 +511,8 @@ def reference_frames(clip: Clip,                   # where to take them from
     if reference == 'per_frame':
         return np.array([draw.choice(_away(valid, f, f, distance)) for f in range(start, start + frames)])
     if reference != 'window': raise InputError(f"reference: expected one of {', '.join(REFERENCES)}, got {reference!r}")
+    if frames >= clip.frames: raise InputError(f"reference 'window' needs a window shorter than the clip ({clip.frames} frames); "
+                                               "for whole clips take random, fixed, closed or first")
     whole = np.zeros(clip.frames, bool); whole[valid_starts(clip, frames)] = True
     return draw.choice(_away(whole, start, start, frames - 1 + distance)) + np.arange(frames)
 

@@ -47,6 +47,12 @@ class Case:
     def true_lips(self): return self.scorers.lips(self.clip.faces)
     @cached_property
     def lse(self): return self.scorers.sync(self.generated, self.wav)
+    @cached_property
+    def pair(self):
+        "Generated and true frames where there is a face."
+        seen = np.asarray(self.clip.valid, bool)
+        if not seen.any(): raise InputError("no frame shows a face")
+        return self.generated[seen], np.asarray(self.clip.faces)[seen]
     @property
     def size(self): return f'{self.generated.shape[-1]}px rgb'
 
@@ -57,13 +63,13 @@ def _correlation(case, truth, valid=None):
     return value
 
 CLIP_SCORES = {   # metric -> (values of a case, protocol of a case)
-    'psnr': (lambda c: psnr_frames(c.generated, c.clip.faces).numpy(), lambda c: f'{c.size}, range 255'),
-    'ssim': (lambda c: ssim_frames(c.generated, c.clip.faces).numpy(), lambda c: f'{c.size}, gaussian'),
-    'lmd': (lambda c: lmd_frames(c.lips, c.true_lips), lambda c: c.scorers.lips.protocol),
-    'lmd_aligned': (lambda c: lmd_frames(c.lips, c.true_lips, aligned=True), lambda c: c.scorers.lips.protocol),
+    'psnr': (lambda c: psnr_frames(*c.pair).numpy(), lambda c: f'{c.size}, range 255'),
+    'ssim': (lambda c: ssim_frames(*c.pair).numpy(), lambda c: f'{c.size}, gaussian'),
+    'lmd': (lambda c: lmd_frames(c.lips, c.true_lips, c.clip.valid), lambda c: c.scorers.lips.protocol),
+    'lmd_aligned': (lambda c: lmd_frames(c.lips, c.true_lips, c.clip.valid, aligned=True), lambda c: c.scorers.lips.protocol),
     'lmd_stored': (lambda c: lmd_frames(c.lips, c.clip.landmarks, c.clip.valid),
                    lambda c: c.scorers.lips.protocol + ' to stored'),
-    'aperture_correlation': (lambda c: _correlation(c, c.true_lips), lambda c: c.scorers.lips.protocol),
+    'aperture_correlation': (lambda c: _correlation(c, c.true_lips, c.clip.valid), lambda c: c.scorers.lips.protocol),
     'aperture_correlation_stored': (lambda c: _correlation(c, c.clip.landmarks, c.clip.valid),
                                     lambda c: c.scorers.lips.protocol + ' to stored'),
     'lse_d': (lambda c: c.lse.distance, lambda c: c.scorers.sync.protocol),
