@@ -7,6 +7,7 @@ from goldens import FOLDER, compare, det_array, det_state, load_golden, load_man
 from talkingface.experts.base import face_windows
 from talkingface.experts.syncnet import SyncNet
 from talkingface.losses.adversarial import QualityDiscriminator
+from talkingface.training.loop import load_published
 
 torch.set_num_threads(1)
 
@@ -48,6 +49,19 @@ def test_syncnet_color(syncnet):
         face_emb=v[:, 0], audio_emb=a[:, 0], cosine=net.similarity(v, a)[:, 0]))
     print(worst)
     assert len(worst) == 5
+
+
+@torch.no_grad()
+def test_published_file_of_syncnet_color(syncnet, tmp_path):
+    "A file as Wav2Lip publishes it (wrapped, `module.` before each key, optimiser and counters beside) loads strictly."
+    golden, _ = syncnet
+    state = {f'module.{key}': value for key, value in det_state(golden).items()}
+    torch.save({'state_dict': state, 'optimizer': {'state': {}, 'param_groups': []}, 'global_step': 7, 'global_epoch': 1},
+               tmp_path/'expert.pth')
+    net = SyncNet().eval()
+    net.load_state_dict(load_published(tmp_path/'expert.pth'), strict=True)
+    v, a = net(faces_of(golden.inputs['faces_u8']), torch.from_numpy(golden.inputs['mel'])[:, 0])
+    assert set(compare(golden, dict(cosine=net.similarity(v, a)[:, 0]), only=('cosine',))) == {'cosine'}
 
 
 @torch.no_grad()

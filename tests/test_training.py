@@ -1,13 +1,17 @@
 "Training: resume bit for bit, kills, foreign and dangerous checkpoints, plateaus, imports."
+import io
 import json
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import warnings
+from contextlib import contextmanager, redirect_stderr
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +19,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from talkingface.core import CheckpointError, TalkingFaceError
+from talkingface.core import CheckpointError, ParamsError, TalkingFaceError
+from talkingface.experts.syncnet import build_expert
+from talkingface.generators.base import build_generator
+from talkingface.training.experts import ExpertParams, SyncObjective, train_expert
+from talkingface.training.generators import GeneratorParams, GeneratorTraining, Row, train_generator
 from talkingface.training.loop import (Callback, EarlyStop, PlateauWarning, Validate, checkpoints, finish_run, fit, load_model,
                                        load_published, load_weights, make_fabric, save_model, warmup_cosine)
 
@@ -65,6 +73,48 @@ def train(out, steps=20, die_before=None, precision='32-true', workers=0, every=
     run = fit(fabric, {'net': net}, {'net': adam}, Batches(), step, steps, out, {'lr': lr, 'steps': steps}, seed=3,
               schedule=warmup_cosine(5), callbacks=(*callbacks, exact), log_every=3, checkpoint_every=every, workers=workers, **options)
     return run, net, exact.losses
+
+
+@contextmanager
+def full_disk(size=None):
+    "No file may grow beyond `size` bytes: writes fail in the middle, as on a full disk. `fill_up` sets the size later."
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def fill_up(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, kept[1]))
+    try:
+        with redirect_stderr(io.StringIO()):      # the progress bar must not meet the limit
+            if size is not None: fill_up(size)
+            yield fill_up
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+class FillUp(Callback):
+    "At step `at` the disk has room for `more` bytes behind log.csv, or for files of `size` bytes."
+    def __init__(self, fill_up, at, more=None, size=None): self.fill_up, self.at, self.more, self.size = fill_up, at, more, size
+    def on_step(self, run):
+        if run.step == self.at: self.fill_up(self.size or (run.out/'log.csv').stat().st_size + self.more)
+
+
+def toy_clip(number, split='train', frames=40):
+    "A face whose mouth opens with the loudness of its sound."
+    draw = np.random.default_rng(number); level = draw.uniform(size=frames); mouth = np.round(4 + 14*level).astype(int)
+    faces = np.full((frames, 3, 96, 96), 120 + number, np.uint8)
+    for t, m in enumerate(mouth): faces[t, :, 72 - m//2:72 + m - m//2, 34:62] = 20
+    mel = np.interp(np.arange(frames*16//5 + 1)/3.2, np.arange(frames) + .5, level*6 - 3)[None].repeat(80, 0).astype(np.float32)
+    wav = (draw.normal(size=frames*640)*np.repeat(.01 + .2*level, 640)).astype(np.float32)
+    return SimpleNamespace(name=f'toy_{number}', split=split, faces=faces, mel=mel, wav=wav, frames=frames,
+                           landmarks=np.zeros((frames, 68, 2), np.float32), valid=np.ones(frames, bool))
+
+
+class ToyStore(list):
+    "What training reads of a clip store."
+    root, size = 'toys', 96
+    def split(self, name): return ToyStore(c for c in self if c.split == name)
+    @property
+    def rows(self): return [dict(clip=c.name, split=c.split, identity=c.name, frames=c.frames) for c in self]
+
+
+@pytest.fixture(scope='module')
+def toys(): return ToyStore([*map(toy_clip, range(6)), toy_clip(9, 'val')])
 
 
 def same(a, b):
@@ -127,19 +177,92 @@ def test_kill_in_the_middle_loses_nothing(tmp_path):
     assert not list((tmp_path/'killed').rglob('*.part'))
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    import talkingface.training.loop as loop
-    write, calls = loop.save_file, []
-    def full(*args):
-        calls.append(1)
-        if len(calls) > 4: raise OSError(28, 'No space left on device')
-        return write(*args)
-    monkeypatch.setattr(loop, 'save_file', full)
-    with pytest.raises(OSError): train(tmp_path/'run')
-    monkeypatch.undo()
-    assert [p.name for p in checkpoints(tmp_path/'run')] == ['step_00000005']
-    _, net, _ = train(tmp_path/'run'); _, whole, _ = train(tmp_path/'whole')
-    assert same(net, whole)
+@pytest.mark.parametrize('at, room, file, kept', [
+    (5, dict(size=900), 'step_00000005', 0),      # the first checkpoint
+    (10, dict(size=900), 'step_00000010', 5),     # a later one: safetensors fails
+    (15, dict(size=12_000), 'step_00000015', 10), # the last of its files fails
+    (12, dict(more=1), 'log.csv', 10),            # '1' of the row '12,...' is written
+    (3, dict(size=5), 'log.csv', 0)])             # the log itself
+def test_a_full_disk_loses_nothing(tmp_path, at, room, file, kept):
+    with full_disk() as fill_up, pytest.raises(CheckpointError) as error:
+        train(tmp_path/'run', callbacks=(FillUp(fill_up, at, **room),))
+    text = str(error.value)
+    assert f'stopped at step {at} of 20: ' in text and f'{file} could not be written' in text
+    assert f'run the same command again: it goes on from step {kept}' in text
+    assert [p.name for p in checkpoints(tmp_path/'run')] == ([f'step_{kept:08d}'] if kept else [])
+    assert not list((tmp_path/'run').rglob('*.part*'))
+    run, net, _ = train(tmp_path/'run'); _, whole, _ = train(tmp_path/'whole')
+    assert run.started_at == kept and same(net, whole)
+    assert (tmp_path/'whole/log.csv').read_bytes() == (tmp_path/'run/log.csv').read_bytes()
+
+
+def test_a_full_disk_at_the_start_and_at_the_end(tmp_path):
+    with full_disk(3), pytest.raises(CheckpointError, match='step 0 of 20.*log.csv could not be written.*from step 0'):
+        train(tmp_path/'run')
+    run, net, _ = train(tmp_path/'run')
+    with full_disk(900), pytest.raises(CheckpointError, match='step 20 of 20.*model.safetensors could not.*from step 20'):
+        finish_run(run, net.module, {})
+    again, net, losses = train(tmp_path/'run')
+    assert losses == [] and again.step == 20 and not again.finished
+    finish_run(again, net.module, {})
+    assert same(load_model(tmp_path/'run', build), train(tmp_path/'whole')[1].module)
+
+
+@pytest.mark.parametrize('device, near', [('cuda:0', 'cuda'), ('gpu', 'cuda'), ('CPU', 'cpu'), ('atuo', 'auto')])
+def test_an_unknown_device_is_refused(device, near):
+    with pytest.raises(ParamsError, match=f"expected 'cpu', 'cuda' or 'auto', got '{device}'; did you mean '{near}'"):
+        make_fabric(device)
+
+
+def interrupted(monkeypatch, owner, method, number, *deaths):
+    "A call of `owner.method` that dies once before each step of `deaths`; `number` is the argument that holds the step."
+    call, left = getattr(owner, method), list(deaths)
+    def dying(self, *args):
+        if left and args[number] == left[0]: left.pop(0); raise KeyboardInterrupt
+        return call(self, *args)
+    monkeypatch.setattr(owner, method, dying)
+    return left
+
+
+def run_to_end(train, deaths):
+    "Start again after every interruption, with other global random states each time."
+    while deaths:
+        with pytest.raises(KeyboardInterrupt): train()
+        random.seed(99); np.random.seed(99); torch.manual_seed(99)
+    return train()
+
+
+def assert_same_run(a, b):
+    for name in ('model.safetensors', 'log.csv'): assert (a/name).read_bytes() == (b/name).read_bytes(), name
+
+
+@pytest.mark.parametrize('loss', ['infonce', 'bce'])
+def test_expert_resumes_bit_for_bit(tmp_path, toys, monkeypatch, loss):
+    net = {'name': 'light_syncnet', 'width': 8, 'dim': 16, 'relu': loss == 'bce'}
+    params = lambda every: ExpertParams(net=net, loss=loss, steps=10, batch=16, per_clip=4, warmup=3, plateau_after=8,
+                                        log_every=2, checkpoint_every=every)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'after 8 steps')
+        metrics = train_expert(toys, params(200), tmp_path/'whole')
+        deaths = interrupted(monkeypatch, SyncObjective, 'forward', 1, 5, 8)
+        assert run_to_end(lambda: train_expert(toys, params(3), tmp_path/'broken'), deaths) == metrics
+    assert_same_run(tmp_path/'whole', tmp_path/'broken')
+
+
+@pytest.mark.parametrize('ema', [0., .9])
+def test_generator_resumes_bit_for_bit(tmp_path, toys, monkeypatch, ema):
+    "Broken before and after the late losses begin."
+    row = Row({'name': 'light', 'width': 8}, {'pixel': 1., 'sync': .1, 'adversarial': .05},
+              options={'adversarial': {'width': .125}})
+    torch.manual_seed(0); expert = build_expert({'name': 'light_syncnet', 'width': 8, 'dim': 16})
+    params = lambda every: GeneratorParams(steps=10, batch=2, early_frames=1, late_start=5, warmup=2, ema=ema, validate_clips=1,
+                                           log_every=1, checkpoint_every=every)
+    metrics = train_generator(toys, row, params(200), tmp_path/'whole', expert)
+    deaths = interrupted(monkeypatch, GeneratorTraining, 'step', 0, 4, 8)
+    assert run_to_end(lambda: train_generator(toys, row, params(3), tmp_path/'broken', expert), deaths) == metrics
+    assert_same_run(tmp_path/'whole', tmp_path/'broken')
+    fresh = torch.cat([p.flatten() for p in build_generator(row.generator).parameters()])
+    assert not torch.equal(fresh, torch.cat([p.flatten() for p in load_model(tmp_path/'whole', build_generator).parameters()]))
 
 
 def test_checkpoint_is_readable_and_has_no_pickle(tmp_path):
@@ -193,7 +316,6 @@ def test_another_architecture_is_refused(tmp_path):
     save_model(tmp_path/'net', Net(8), {})
     with pytest.raises(CheckpointError, match=r'another architecture than Net.*shapes differ \(layers.0.bias \(8,\) for \(4,\)'):
         load_weights(Net(4), load_published(tmp_path/'net/model.safetensors'))
-    from talkingface.experts.syncnet import build_expert
     with pytest.raises(CheckpointError, match="holds {'name': 'net', 'width': 8}, which build_expert cannot build"):
         load_model(tmp_path/'net', build_expert)
 
@@ -202,15 +324,30 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     with pytest.raises(TalkingFaceError, match='not finite at step'): train(tmp_path/'nan', lr=1e30)
 
 
-def test_plateau_warning_names_causes_and_stays_silent_otherwise(tmp_path):
-    def warning(lr, out):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
-            flat = PlateauWarning({1e9: 'nothing at all', .0001: 'every pair gets the same answer (ln 2)'}, 'The learning rate is too high.', after=10)
-            train(out, lr=lr, callbacks=(flat,))
-        return [str(w.message) for w in caught if 'no better than' in str(w.message)]
-    [text] = warning(1e-9, tmp_path/'a')
-    assert 'ln 2' in text and 'learning rate' in text
+def plateau_warnings(run):
+    "What the plateau warning says during `run()`."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always'); run()
+    return [str(w.message) for w in caught if 'no better than' in str(w.message)]
+
+
+def test_plateau_warning_names_the_level_and_the_causes(tmp_path):
+    levels = {1e9: 'nothing at all is known', 1e-4: 'every pair gets the same answer'}
+    flat = lambda levels: PlateauWarning(levels, 'The learning rate is too high.', after=10)
+    [text] = plateau_warnings(lambda: train(tmp_path/'a', callbacks=(flat(levels),)))
+    assert 'every pair' in text and 'nothing at all' not in text and 'learning rate' in text
+    assert plateau_warnings(lambda: train(tmp_path/'b', callbacks=(flat({1e9: 'nothing at all is known'}),))) == []
+
+
+def test_plateau_warning_stays_silent_when_an_expert_learns(tmp_path, toys):
+    "The same expert, data and steps: one learning rate is useless, the other is not."
+    def run(lr):
+        params = ExpertParams(net={'name': 'light_syncnet', 'width': 8, 'dim': 32}, steps=80, batch=16, per_clip=4, warmup=5,
+                              lr=lr, plateau_after=80)
+        return plateau_warnings(lambda: train_expert(toys, params, tmp_path/f'{lr}'))
+    [text] = run(1e-9)
+    assert 'ln 16' in text and 'learning rate that is too high' in text
+    assert run(3e-3) == []
 
 
 def test_early_stop_counts_on_after_a_break(tmp_path):
