@@ -182,7 +182,7 @@ def store_of(n=3, frames=40):
         level = np.random.default_rng(i).random(frames).astype(np.float32)
         faces = np.broadcast_to((level * 255).astype(np.uint8)[:, None, None, None], (frames, 3, 32, 32)).copy()
         clips.append(SimpleNamespace(name=f'clip{i}', split='test', faces=faces, landmarks=np.full((frames, 68, 2), np.nan, np.float32),
-                                     valid=np.zeros(frames, bool), wav=np.repeat(level, 640)))
+                                     valid=np.ones(frames, bool), wav=np.repeat(level, 640)))
         for array in (clips[-1].faces, clips[-1].wav): array.flags.writeable = False        # as in a clip store
     return clips
 
@@ -207,16 +207,22 @@ def test_ground_truth_scores_best():
 
 def test_gaps_are_rows_with_reasons():
     store = store_of(4)
-    store[3].wav = np.zeros_like(store[3].wav)
+    store[3].wav = np.zeros_like(store[3].wav); store[0].valid = np.zeros(40, bool)
     faces = {c.name: c.faces for c in store}
     faces['clip1'] = faces['clip1'][:-3]
     del faces['clip2']
     rows = evaluate_method('x', faces, store, SCORERS, 'smoke')
     assert len(rows) == 4 * 10 and all((r['value'] is None) <= bool(r['reason']) for r in rows)
-    assert by_metric(rows)['lmd_stored']['reason'] == 'no frame with landmarks'
+    assert by_metric(rows)['lmd_stored']['reason'] == 'no frame with landmarks' and by_metric(rows)['psnr']['reason'] == 'no frame shows a face'
     assert {r['reason'] for r in by_metric(rows, 'clip1').values()} == {'method gave (37, 3, 32, 32), clip has (40, 3, 32, 32)'}
     assert 'no frames' in by_metric(rows, 'clip2')['ssim']['reason']
     assert 'silent' in by_metric(rows, 'clip3')['lse_c']['reason'] and by_metric(rows, 'clip3')['ssim']['value'] == 1
+
+
+def test_frames_without_a_face_are_not_scored():
+    store = store_of(1); faces = np.array(store[0].faces); faces[:10] = 0; store[0].valid = np.arange(40) >= 10
+    row = by_metric(evaluate_method('x', {'clip0': faces}, store, SCORERS, 'smoke'), 'clip0')['ssim']
+    assert row['value'] == 1 and row['n_frames'] == 30
 
 
 def test_other_speech_lists_sync_metrics_only():

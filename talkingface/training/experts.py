@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CURVE', 'MIRRORED_MOUTH', 'Augmentation', 'ExpertParams', 'draw_moves', 'move', 'relight', 'augment',
            'step_generator', 'SyncObjective', 'clip_scores', 'speech_positions', 'pair_shares', 'segment_offsets',
-           'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy', 'data_hash', 'plateau_warning',
-           'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points', 'soften',
-           'landmark_errors', 'train_landmarker']
+           'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy', 'training_code', 'data_hash',
+           'plateau_warning', 'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points',
+           'soften', 'landmark_errors', 'train_landmarker']
 
 # %% ../../nbs/06_training/01_experts.ipynb #edcf8912
 import math
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..core import SAMPLES_PER_FRAME, InputError, ParamsError, derive_seed, rng
+from ..core import SAMPLES_PER_FRAME, InputError, ParamsError, derive_seed, rng, source_hash
 from ..data.clips import SyncBatches
 from ..experts.base import SyncExpert, WindowExpert, embed_clip
 from ..experts.landmarks import MOUTH, LipLandmarker, mouth_opening
@@ -44,6 +44,7 @@ class ExpertParams(Runtime):
     net: dict = field(default_factory=lambda: {'name': 'light_syncnet'})
     loss: Literal['infonce', 'bce'] = 'infonce'
     steps: int = 700
+    clips: int = 0                 # of split train, the first so many; 0 for all
     batch: int = 64                # windows in a batch
     per_clip: int = 8              # of them from one clip: these are each other's hard negatives
     min_offset: int = 5            # frames between a window and its negative (BCE)
@@ -112,7 +113,9 @@ class SyncObjective(nn.Module):
         return self.infonce(v, self.expert.embed_audio(batch['mel'])[:, 0])
 
     def infonce(self, v: Tensor, a: Tensor) -> dict:
-        scores = v @ a.T * self.log_scale.exp().clamp(max=60.); own = torch.arange(len(v), device=v.device)
+        own = torch.arange(len(v), device=v.device)
+        with torch.autocast(v.device.type, enabled=False):     # at a scale of 60 half precision could not order near scores
+            scores = v.float() @ a.float().T * self.log_scale.exp().clamp(max=60.)
         loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
         return {'loss': loss, 'accuracy': (scores.argmax(1) == own).float().mean(), 'scale': self.log_scale.exp()}
 
@@ -120,7 +123,7 @@ class SyncObjective(nn.Module):
         true = torch.arange(len(v), device=v.device) % 2 == 0
         mel = torch.where(true[:, None, None], batch['mel'], batch['mel_negative'])
         cosine = self.expert.similarity(v, self.expert.embed_audio(mel)[:, 0]).clamp(1e-6, 1 - 1e-6)
-        loss = F.binary_cross_entropy(cosine, true.float())
+        with torch.autocast(v.device.type, enabled=False): loss = F.binary_cross_entropy(cosine.float(), true.float())
         return {'loss': loss, 'accuracy': ((cosine > .5) == true).float().mean()}
 
 # %% ../../nbs/06_training/01_experts.ipynb #9c2705a8
@@ -152,8 +155,9 @@ def segment_offsets(scores: np.ndarray, segment: int = 25, reach: int = 15, ever
     return starts, np.array([m.argmax() - reach for m in means], int)
 
 # %% ../../nbs/06_training/01_experts.ipynb #ebfe190f
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    "Chance that a positive scores above a negative, ties counting half: the area under the ROC curve."
+def auc(positive: np.ndarray, negative: np.ndarray) -> float | None:
+    "Chance that a positive scores above a negative, ties counting half: the area under the ROC curve; None without negatives."
+    if not len(positive) or not len(negative): return None
     ordered = np.sort(negative)
     rank = np.searchsorted(ordered, positive, 'left') + np.searchsorted(ordered, positive, 'right')
     return float(rank.mean() / (2 * len(ordered)))
@@ -213,6 +217,10 @@ def _clip_accuracy(scores: np.ndarray, speech: np.ndarray, min_offset: int) -> d
             'offset': offsets, 'offset_speech': np.array([speech[s:s + 25].mean() for s in starts])}
 
 # %% ../../nbs/06_training/01_experts.ipynb #f6cbbaf3
+def training_code(*modules: str) -> str:
+    "What identifies the code of a training: a run made by other code is another run."
+    return source_hash('data.clips', 'layers', 'experts', 'training', *modules)
+
 def data_hash(store) -> str:
     "What identifies the clips of a store: the hash of their content that `prepare` wrote."
     return getattr(store, 'info', {}).get('content', '')
@@ -233,9 +241,9 @@ def train_expert(store,                  # clips with splits train and, if there
                  on_change: str = 'refuse'
                 ) -> dict:               # metrics of `expert_accuracy` for val and test
     "Train a sync expert on split `train`; a finished run of the same settings is only read."
-    fabric = fabric or params.fabric(); config, data = params.config(), data_hash(store)
+    fabric = fabric or params.fabric(); config, data = {**params.config(), 'code': training_code()}, data_hash(store)
     if done := begin_run(fabric, out, config, data, on_change): return done['metrics']
-    train = some_clips(store, 'train')
+    train = some_clips(store, 'train'); train = train.first(params.clips) if params.clips else train
     fabric.seed_everything(params.seed, verbose=False)
     expert = build_expert(params.net).to(memory_format=torch.channels_last)
     model = fabric.setup_module(SyncObjective(expert, params))
@@ -280,6 +288,8 @@ class LandmarkBatches(Dataset):
     "[k] -> faces (B,3,96,96) uint8 and mouth points (B,20,2) of random valid frames, a function of k."
     def __init__(self, store, batch: int = 64, seed: int = 0):
         self.store, self.batch, self.seed = store, batch, seed
+        if len(store) and store[0].faces.shape[-1] != 96:
+            raise InputError(f"the mouth landmarker learns from 96 px crops, the store has {store[0].faces.shape[-1]} px; prepare with size 96")
         self.valid = [np.flatnonzero(store[i].valid) for i in range(len(store))]
         self.clips = np.array([i for i, v in enumerate(self.valid) if len(v)])
         if not len(self.clips):
@@ -332,13 +342,13 @@ def landmark_errors(landmarker: nn.Module, store, split: str | None = None,
     moving = [(mouth_opening(a), mouth_opening(b)) for a, b in found if mouth_opening(b).std() > .1]
     return {'error': error(p, q), 'centred': error(map(centre, p), map(centre, q)),
             'opening_error': float(np.mean([np.abs(mouth_opening(a) - mouth_opening(b)).mean() for a, b in found])),
-            'opening_correlation': float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in moving])) if moving else None,
+            'opening_correlation': float(np.mean([np.corrcoef(a, b)[0, 1] if a.std() > 1e-6 else 0. for a, b in moving])) if moving else None,
             'clips': len(found)}
 
 # %% ../../nbs/06_training/01_experts.ipynb #c62fca93
 def train_landmarker(store, params: LandmarkParams, out: str | Path, fabric=None, on_change: str = 'refuse') -> dict:
     "Train a `LipLandmarker` on split `train`; returns `landmark_errors` of val and test, sharp and blurred by 2."
-    fabric = fabric or params.fabric(); config, data = params.config(), data_hash(store)
+    fabric = fabric or params.fabric(); config, data = {**params.config(), 'code': training_code()}, data_hash(store)
     if done := begin_run(fabric, out, config, data, on_change): return done['metrics']
     batches = LandmarkBatches(some_clips(store, 'train'), params.batch, params.seed)
     fabric.seed_everything(params.seed, verbose=False)

@@ -185,6 +185,8 @@ def load_model(path: str | Path,       # folder written by `save_model`
                device: str = 'cpu'
               ) -> nn.Module:          # in eval mode; `meta` holds what was saved with it
     "Rebuild a network from its folder."
+    if str(device).startswith('cuda') and not torch.cuda.is_available():
+        raise InputError("device: expected a CUDA device, torch sees none; pass device='cpu' or install a CUDA build of torch")
     path = Path(path); meta = path/'meta.json'
     if not meta.is_file(): 
         raise CheckpointError(f"{path} holds no finished model (no meta.json); expected a folder written by save_model")
@@ -389,6 +391,9 @@ def save_checkpoint(run: Run, callbacks: tuple = (), keep: int = 1) -> None:
         weights = {f'{name}.{k}': v.detach().cpu().contiguous().clone()
                    for name, module in run.modules.items() for k, v in module.state_dict().items()}
         path = run.out/'checkpoints'/f'step_{run.step:08d}'
+        if bad := [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+            raise TalkingFaceError(f"{_some(bad)} is not finite at step {run.step} of {run.out}; this checkpoint is not written, the one "
+                                   "before it is kept. Lower the learning rate, or train in 32-true")
         with writing(run, path), atomic_path(path) as part:
             part.mkdir()
             save_file(weights, part/'model.safetensors'); save_file(tensors, part/'optimizer.safetensors')
