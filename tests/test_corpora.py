@@ -1,15 +1,16 @@
 "A corpus has the same bytes whoever builds it, keeps people and voices of its splits apart, and notices damage."
 import csv
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from talkingface.core import InputError, ParamsError, StoreError
 from talkingface.data.audio import load_audio
-from talkingface.data.corpora import (COLUMNS, SPLITS, VOICE_POOLS, CorpusSpec, FolderCorpus, RenderedCorpus, build_corpus,
-                                      cast_voice, check_corpus, check_corpus_contract, corpus_differences, corpus_spec,
-                                      jitter_boxes, load_tracks, make_person, plan, save_tracks)
+from talkingface.data.corpora import (COLUMNS, SPLITS, VOICE_POOLS, CorpusSpec, FolderCorpus, Record, RenderedCorpus, Selection,
+                                      build_corpus, cast_voice, check_corpus, check_corpus_contract, corpus_differences, corpus_hash,
+                                      corpus_spec, first_of_each_split, jitter_boxes, load_tracks, make_person, plan, save_tracks)
 from talkingface.data.video import read_frames
 
 NOTHING = {split: dict(identities=0) for split in SPLITS}
@@ -115,7 +116,7 @@ def test_specs_refuse_what_they_do_not_know():
 
 
 def test_a_missing_or_damaged_corpus_says_how_to_get_one(tmp_path):
-    with pytest.raises(StoreError, match='dvc pull'): RenderedCorpus(tmp_path)
+    with pytest.raises(StoreError, match='dvc pull.*python -m talkingface corpus build --out '): RenderedCorpus(tmp_path)
     (tmp_path/'manifest.csv').write_text('clip,split\n')
     with pytest.raises(StoreError, match='damaged'): RenderedCorpus(tmp_path)
 
@@ -136,6 +137,50 @@ def test_a_folder_of_odd_files(tmp_path):
     assert (k.audio.name, k.tracks.name, k.identity) == ('k.wav', 'k.npz', 'clips__k')
     assert (k.split, k.text, k.licence) == ('test', '', 'mine')
     assert found['x_mp4'].text == 'HELLO THERE' and found['x_mp4'].audio is None
+
+
+def crowd(*clips):
+    "A corpus of records without files: (split, identity) pairs."
+    return Selection('crowd', '', tuple(Record(f'c{i}', *clip, Path(f'c{i}.mp4')) for i, clip in enumerate(clips)))
+
+
+def test_a_limit_takes_many_people_first_and_keeps_the_order():
+    corpus = crowd(('train', 'a'), ('train', 'a'), ('val', 'x'), ('train', 'a'), ('train', 'b'), ('train', 'b'), ('train', 'c'))
+    names = lambda **limit: [r.clip for r in first_of_each_split(corpus, limit)]
+    assert names(train=2) == ['c0', 'c4'] and names(train=3) == ['c0', 'c4', 'c6']
+    assert names(train=5) == ['c0', 'c1', 'c4', 'c5', 'c6']       # first clips of a, b, c, then second ones of a and b
+    assert names(train=99, val=1) == [r.clip for r in corpus]
+    assert names(train=1, val=1) == ['c0', 'c2'] and names(train=0, val=1) == ['c2']
+    assert first_of_each_split(corpus) is corpus
+    with pytest.raises(InputError, match='has no split test; it has train, val'): first_of_each_split(corpus, dict(test=1))
+
+
+def test_the_hash_of_a_rendered_corpus_is_that_of_its_manifest(built, tmp_path):
+    import hashlib, shutil
+    whole = corpus_hash(built)
+    assert whole == hashlib.sha256((built.root/'manifest.csv').read_bytes()).hexdigest()
+    shutil.copytree(built.root, tmp_path/'copy'); assert corpus_hash(RenderedCorpus(tmp_path/'copy')) == whole
+    parts = [corpus_hash(RenderedCorpus(built.root, (split,))) for split in ('train', 'test')]
+    chosen = corpus_hash(first_of_each_split(built, dict(train=1)))
+    assert len({whole, *parts, chosen}) == 4
+    assert chosen == corpus_hash(first_of_each_split(RenderedCorpus(tmp_path/'copy'), dict(train=1)))
+
+
+def test_the_hash_of_a_folder_follows_names_sizes_and_records(tmp_path):
+    def put(name, text): (tmp_path/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/name).write_text(text)
+    seen = set()
+    def new(): value = corpus_hash(FolderCorpus(tmp_path)); fresh = value not in seen; seen.add(value); return fresh
+    put('ann/a.mp4', 'xx'); put('ann/b.mp4', 'xx'); assert new() and not new()
+    put('ann/a.mp4', 'yy'); assert not new()                         # as said: a change of the same size is not seen
+    put('ann/a.mp4', 'xxx'); assert new()
+    put('ann/c.mp4', 'xx'); assert new()
+    put('ann/a.wav', 'x'); assert new()
+    put('landmarks/a.npz', 'x'); assert new()
+    put('landmarks/a.npz', 'xx'); assert new()
+    (tmp_path/'ann'/'b.mp4').rename(tmp_path/'ann'/'d.mp4'); assert new()
+    put('ann/a.txt', 'HELLO'); assert new()
+    here, there = FolderCorpus(tmp_path), crowd(('train', 'a'))
+    assert corpus_hash(here) == corpus_hash(Selection('x', '', tuple(here))) and corpus_hash(there) not in seen
 
 
 def test_a_folder_without_videos(tmp_path):

@@ -143,6 +143,21 @@ def test_stored_tracks_are_found_in_sister_folders(tmp_path):
     with pytest.raises(InputError, match='not a readable track file'): StoredTracks().track(video)
 
 
+def test_a_video_that_does_not_exist_is_what_the_error_says(tmp_path):
+    video = tmp_path/'clips'/'one.mp4'; video.parent.mkdir()
+    for tracker in (StoredTracks(), StoredTracks(tmp_path)):
+        with pytest.raises(InputError, match=f'^no such file: {video}'): tracker.track(video)
+    with pytest.raises(InputError, match='^no such file: .*one.npz'): StoredTracks().track(video.with_suffix('.npz'))
+    video.touch()
+    with pytest.raises(InputError, match='^no track file for .*choose another tracker'): StoredTracks().track(video)
+
+
+def test_tracks_of_a_video_that_is_only_named_are_read(tmp_path):
+    np.savez(tmp_path/'one.npz', landmarks=np.tile(MEAN_FACE, (4, 1, 1)))
+    for path in ('one.mp4', 'one.npz'): assert len(StoredTracks().track(tmp_path/path)) == 4
+    assert len(StoredTracks(tmp_path).track('elsewhere/one.mp4')) == 4
+
+
 def test_stored_jitter_moves_our_box_by_its_share(tmp_path):
     landmarks = np.tile(MEAN_FACE, (4, 1, 1)); clean = np.tile([0., 0, 100, 200], (4, 1)); off = clean + [10, 20, 10, 20]
     np.savez(tmp_path/'a.npz', landmarks=landmarks, boxes=clean, boxes_jittered=off)

@@ -12,6 +12,8 @@ from fastcore.docments import docments
 from nbformat.v4 import new_markdown_cell
 
 DIRECTIVE = re.compile(r'^#\|\s*(.*)$', re.M)
+SHORTER = ((r'\btorch\.nn\.modules\.\w+\.', 'nn.'), (r'\b(?:typing|talkingface(?:\.\w+)*|pathlib(?:\._local)?|collections\.abc)\.', ''),
+           (r'\bnumpy\.', 'np.'), (r'\btorch\.Tensor\b', 'Tensor'))
 LINK = re.compile(r'`([A-Za-z_][\w.]*)`')
 
 
@@ -60,9 +62,10 @@ def arguments(obj) -> str:
 def signature(name: str, obj) -> str:
     try: text = f'{name}{inspect.signature(obj)}'
     except (ValueError, TypeError): return name
-    text = re.sub(r"<class '([\w.]+)'>|typing\.|pathlib\.(_local\.)?", lambda m: m[1] or '', text)
-    text = re.sub(r"'", '', text) if '->' in text else text
-    return '\n    '.join(textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False))
+    text = re.sub(r"<class '([\w.]+)'>", r'\1', text)
+    text = text.replace("'", '') if '->' in text else text
+    for pattern, short in SHORTER: text = re.sub(pattern, short, text)
+    return '\n    '.join(textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False))
 
 
 def card(module: str, name: str) -> str:
@@ -98,14 +101,28 @@ def linked(text: str, symbols: dict[str, str], here: str | None) -> str:
     return ''.join(p if i % 2 else LINK.sub(link, p) for i, p in enumerate(fenced))
 
 
+BAR = re.compile(r'\d+%\|.*\| *[\d.]+[kMG]?/[\d.]+[kMG]? \[')
+
+
+def quiet(text: str) -> str:
+    "Printed text with the last state of each progress bar only."
+    lines = [line.rsplit('\r', 1)[-1] if BAR.search(line) else line for line in re.sub(r'\r(?=[^\n])', '\n', text).splitlines()]
+    follows = [*lines[1:], '']
+    return '\n'.join(l for l, after in zip(lines, follows) if not (BAR.search(l) and BAR.search(after)))
+
+
 def page(nb, symbols: dict[str, str]) -> nbformat.NotebookNode:
     "The notebook as a page: hidden cells dropped, exported definitions shown as cards over their folded source."
     module, out = module_of(nb), []
+    injected = any('injected-parameters' in c.metadata.get('tags', []) for c in nb.cells)
     for cell in nb.cells:
         marks = directives(cell)
+        if injected and 'parameters' in cell.metadata.get('tags', []): continue     # the run had others, which follow
         if cell.cell_type == 'raw' or marks & {'hide'} or any(d.startswith('default_exp') for d in marks): continue
         if cell.cell_type == 'markdown': cell.source = linked(cell.source, symbols, None); out.append(cell); continue
-        exported = bool(marks & {'export', 'exports'})
+        exported = bool(marks & {'export', 'exports', 'exporti'})
+        for output in cell.get('outputs', []):
+            if output.output_type == 'stream': output.text = quiet(output.text)
         cell.source = without_directives(cell.source); tags = cell.metadata.setdefault('tags', [])
         if not cell.source.strip(): continue
         if exported:

@@ -6,10 +6,12 @@
 __all__ = ['VIDEO_SUFFIXES', 'AUDIO_SUFFIXES', 'SPLITS', 'VOICE_POOLS', 'COLUMNS', 'Record', 'Corpus', 'check_corpus_contract',
            'FolderCorpus', 'save_tracks', 'load_tracks', 'jitter_boxes', 'SplitSpec', 'CorpusSpec', 'corpus_spec',
            'cast_voice', 'Task', 'plan', 'make_person', 'write_manifest', 'build_corpus', 'RenderedCorpus',
-           'check_corpus', 'corpus_differences', 'whole_corpus', 'open_corpus', 'Selection', 'first_of_each_split']
+           'check_corpus', 'corpus_differences', 'whole_corpus', 'open_corpus', 'Selection', 'first_of_each_split',
+           'corpus_hash']
 
 # %% ../../nbs/01_data/04_corpora.ipynb #bb4f1202
 import csv
+import hashlib
 import multiprocessing
 import os
 import zipfile
@@ -302,10 +304,10 @@ class RenderedCorpus:
     def __init__(self, root: str | Path = 'data/corpus',
                  splits: tuple[str, ...] | None = None    # None: all
                 ):
-        self.root, manifest = Path(root), Path(root)/'manifest.csv'
+        self.root, self.splits, manifest = Path(root), splits, Path(root)/'manifest.csv'
         if not manifest.is_file():
             raise StoreError(f"no corpus in {self.root}: {manifest} is missing. "
-                             "Fetch it with `dvc pull` or build it with `python -m talkingface corpus`")
+                             f"Fetch it with `dvc pull` or build it with `python -m talkingface corpus build --out {self.root}`")
         with open(manifest, newline='', encoding='utf8') as file: rows = list(csv.DictReader(file))
         lacking = set(COLUMNS) - set(rows[0] if rows else ())
         if lacking: raise StoreError(f"{manifest} is empty or damaged (no {', '.join(sorted(lacking))}); build the corpus again")
@@ -364,14 +366,38 @@ class Selection:
     def __iter__(self) -> Iterator[Record]: return iter(self.records)
     def __len__(self) -> int: return len(self.records)
 
+# %% ../../nbs/01_data/04_corpora.ipynb #abb49ac5
+def _identities_first(records: list[Record]) -> list[Record]:
+    "The first clip of every identity in order, then the second clips, and so on."
+    seen: dict[str, int] = {}
+    turns = []
+    for record in records: turns.append(seen.get(record.identity, 0)); seen[record.identity] = turns[-1] + 1
+    return [record for _, record in sorted(zip(turns, records), key=lambda pair: pair[0])]
+
 def first_of_each_split(corpus: Corpus,
                         limit: dict[str, int] | None = None   # split -> number of clips; None keeps all
                        ) -> Corpus:
-    "The first clips of each split of a corpus; splits that `limit` does not name are left out."
+    "Some clips of each split, of as many identities as possible, in the corpus order; splits not in `limit` are left out."
     if limit is None: return corpus
-    left, chosen = dict(limit), []
-    for record in corpus:
-        if left.get(record.split, 0) > 0: left[record.split] -= 1; chosen.append(record)
-    if lacking := [split for split, count in limit.items() if left[split] == count and count]:
-        raise InputError(f"corpus {corpus.name} has no split {', '.join(lacking)}; it has {', '.join(sorted({r.split for r in corpus}))}")
-    return Selection(corpus.name, corpus.licence, tuple(chosen))
+    records = list(corpus); splits = {record.split for record in records}
+    if lacking := [split for split, count in limit.items() if count and split not in splits]:
+        raise InputError(f"corpus {corpus.name} has no split {', '.join(lacking)}; it has {', '.join(sorted(splits))}")
+    chosen = {r.clip for split, count in limit.items()
+              for r in _identities_first([r for r in records if r.split == split])[:max(count, 0)]}
+    return Selection(corpus.name, corpus.licence, tuple(r for r in records if r.clip in chosen))
+
+# %% ../../nbs/01_data/04_corpora.ipynb #a5e75f25
+def _listing(records: list[Record]) -> Iterator[str]:
+    "Per record what it says, then relative name and size of each of its files, one line each."
+    paths = [p for r in records for p in (r.video, r.audio, r.tracks) if p]
+    root = os.path.commonpath([p.resolve().parent for p in paths]) if paths else ''
+    for r in records:
+        yield f'{r.clip}\t{r.split}\t{r.identity}\t{r.text}'
+        for path in (r.video, r.audio, r.tracks):
+            yield f'{os.path.relpath(path.resolve(), root)}\t{path.stat().st_size}' if path and path.is_file() else '-'
+
+def corpus_hash(corpus: Corpus  # any
+               ) -> str:        # 64 hex digits
+    "What identifies the content of a corpus: sha256 of the manifest, or of records, file names and sizes if it has none."
+    if isinstance(corpus, RenderedCorpus) and corpus.splits is None: return file_hash(corpus.root/'manifest.csv')
+    return hashlib.sha256('\n'.join(_listing(list(corpus))).encode()).hexdigest()

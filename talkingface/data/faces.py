@@ -273,6 +273,7 @@ class StoredTracks:
         if self.folder: places.insert(0, Path(self.folder)/f'{video.stem}.npz')
         for place in places:
             if place.is_file(): return place
+        if not video.is_file(): raise InputError(f"no such file: {video}, and no tracks of it in {', '.join(map(str, places))}")
         raise InputError(f"no track file for {video}: looked for {', '.join(map(str, places))}; "
                          "store landmarks there or choose another tracker")
 
