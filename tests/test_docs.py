@@ -79,16 +79,18 @@ def test_a_card_has_signature_sentence_and_arguments():
     tracker = pages.card('data.faces', 'StoredTracks')
     assert tracker.startswith('(class-data.faces.StoredTracks)=') and 'class StoredTracks(' in tracker and '- `track(' in tracker
     assert 'pathlib' not in tracker and 'talkingface.' not in tracker
+    record = pages.card('data.corpora', 'Record')
+    assert "text: str = ''" in record and '-> None' not in record and '| `clip` |' in record
 
 
 def test_an_executed_notebook_shows_its_own_parameters_and_the_end_of_bars():
-    bars = 'train:   0%|    | 0/9 [00:00<?]\ntrain:  50%|##  | 4/9 [00:01<00:01]\rtrain: 100%|####| 9/9 [00:02<00:00]\ndone\n'
+    first, bars = 'start\ntrain:   0%|    | 0/9 [00:00<?, ?step/s]\n', 'train:   0%|    | 0/9 [00:00<?]\ntrain:  50%|##  | 4/9 [00:01<00:01]\rtrain: 100%|####| 9/9 [00:02<00:00]\ndone\n'
     nb = new_notebook(cells=[new_code_cell('seed = 0', metadata={'tags': ['parameters']}),
                              new_code_cell('seed = 1', metadata={'tags': ['injected-parameters']}),
-                             new_code_cell('run()', outputs=[new_output('stream', name='stderr', text=bars)])])
+                             new_code_cell('run()', outputs=[new_output('stream', name='stderr', text=t) for t in (first, bars)])])
     page = pages.page(nb, {})
     assert [c.source for c in page.cells] == ['seed = 1', 'run()']
-    assert page.cells[1].outputs[0].text == 'train: 100%|####| 9/9 [00:02<00:00]\ndone'
+    assert [o.text for o in page.cells[1].outputs] == ['start\ntrain: 100%|####| 9/9 [00:02<00:00]\ndone']
     alone = pages.page(new_notebook(cells=[new_code_cell('seed = 0', metadata={'tags': ['parameters']})]), {})
     assert [c.source for c in alone.cells] == ['seed = 0']
 

@@ -23,7 +23,7 @@ mathjax3_config = None
 mathjax2_config = {'tex2jax': {'inlineMath': [['\\(', '\\)']], 'displayMath': [['\\[', '\\]']], 'processClass': 'math|output_area'},
                    'messageStyle': 'none', 'showMathMenu': False,
                    # the wheel holds these fonts only
-                   'HTML-CSS': {'availableFonts': [], 'imageFont': None, 'preferredFont': None, 'webFont': 'STIX-Web', 'linebreaks': {'automatic': True}}}
+                   'HTML-CSS': {'scale': 105, 'matchFontHeight': False, 'availableFonts': [], 'imageFont': None, 'preferredFont': None, 'webFont': 'STIX-Web'}}
 nb_code_prompt_show = 'Show {type}'
 nb_code_prompt_hide = 'Hide {type}'
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure']

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import textwrap
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import nbformat
@@ -63,7 +64,8 @@ def signature(name: str, obj) -> str:
     try: text = f'{name}{inspect.signature(obj)}'
     except (ValueError, TypeError): return name
     text = re.sub(r"<class '([\w.]+)'>", r'\1', text)
-    text = text.replace("'", '') if '->' in text else text
+    text = re.sub(r"(: |-> )'([^']+)'", r'\1\2', text)       # annotations written as text
+    if inspect.isclass(obj): text = text.removesuffix(' -> None')
     for pattern, short in SHORTER: text = re.sub(pattern, short, text)
     return '\n    '.join(textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False))
 
@@ -73,7 +75,7 @@ def card(module: str, name: str) -> str:
     obj = getattr(importlib.import_module(f'talkingface.{module}'), name)
     kind = 'class' if inspect.isclass(obj) else 'function'
     parts = [f'({anchor(module, name)})=', f'#### {name}', f'```python\n{"class " if kind == "class" else ""}{signature(name, obj)}\n```',
-             inspect.getdoc(obj) or '', arguments(obj.__init__ if kind == 'class' else obj)]
+             inspect.getdoc(obj) or '', arguments(obj.__init__ if kind == 'class' and not is_dataclass(obj) else obj)]
     if kind == 'class':
         for method, value in vars(obj).items():
             if (method.startswith('_') and method != '__call__') or not inspect.isfunction(value) or not value.__doc__: continue
@@ -106,9 +108,20 @@ BAR = re.compile(r'\d+%\|.*\| *[\d.]+[kMG]?/[\d.]+[kMG]? \[')
 
 def quiet(text: str) -> str:
     "Printed text with the last state of each progress bar only."
-    lines = [line.rsplit('\r', 1)[-1] if BAR.search(line) else line for line in re.sub(r'\r(?=[^\n])', '\n', text).splitlines()]
+    lines = re.split(r'[\r\n]+', text.strip('\r\n')) if BAR.search(text) else text.splitlines()
     follows = [*lines[1:], '']
     return '\n'.join(l for l, after in zip(lines, follows) if not (BAR.search(l) and BAR.search(after)))
+
+
+def merged(outputs: list) -> list:
+    "Outputs with neighbouring pieces of one stream joined and progress bars at their end."
+    out = []
+    for output in outputs:
+        if output.output_type == 'stream' and out and out[-1].output_type == 'stream' and out[-1].name == output.name: out[-1].text += output.text
+        else: out.append(output)
+    for output in out:
+        if output.output_type == 'stream': output.text = quiet(output.text)
+    return out
 
 
 def page(nb, symbols: dict[str, str]) -> nbformat.NotebookNode:
@@ -121,8 +134,7 @@ def page(nb, symbols: dict[str, str]) -> nbformat.NotebookNode:
         if cell.cell_type == 'raw' or marks & {'hide'} or any(d.startswith('default_exp') for d in marks): continue
         if cell.cell_type == 'markdown': cell.source = linked(cell.source, symbols, None); out.append(cell); continue
         exported = bool(marks & {'export', 'exports', 'exporti'})
-        for output in cell.get('outputs', []):
-            if output.output_type == 'stream': output.text = quiet(output.text)
+        cell.outputs = merged(cell.outputs)
         cell.source = without_directives(cell.source); tags = cell.metadata.setdefault('tags', [])
         if not cell.source.strip(): continue
         if exported:
