@@ -296,7 +296,8 @@ def plotting():
 
 # %% ../nbs/09_experiments.ipynb #a5696e71
 def save_figure(fig, stem: str | Path,   # path without suffix, e.g. paper_figures/demo/fig_01
-                data                     # DataFrame of what is drawn
+                data,                    # DataFrame of what is drawn
+                dpi: int | None = None   # of the PNG; None: that of the style
                ) -> list[Path]:
     "Write `stem`.pdf, .png and .csv, atomically and with the same bytes for the same content."
     stem = Path(stem); paths = [stem.with_name(stem.name + s) for s in ('.pdf', '.png', '.csv')]
@@ -304,7 +305,7 @@ def save_figure(fig, stem: str | Path,   # path without suffix, e.g. paper_figur
     with plotting():
         fig.draw_without_rendering(); fig.set_layout_engine('none')        # the layout is settled once, not again at each save
         for path in paths[:2]:
-            with atomic_path(path) as part: fig.savefig(part, metadata=blank[path.suffix], bbox_inches='tight', facecolor='white')
+            with atomic_path(path) as part: fig.savefig(part, metadata=blank[path.suffix], bbox_inches='tight', facecolor='white', **({'dpi': dpi} if dpi else {}))
     with atomic_path(paths[2]) as part: data.to_csv(part, index=False, lineterminator='\n')
     return paths
 
@@ -445,7 +446,7 @@ def draw_strips(groups: list,       # of (clip, {label: (k,3,H,W) uint8 frames},
                 y -= size + gap * (i == 0)
                 for j, picture in enumerate(pictures):
                     ax = fig.add_axes((( 1.05 + size * j) / inches[0], y / inches[1], (size - .03) / inches[0], (size - .03) / inches[1]))
-                    ax.imshow(np.moveaxis(np.asarray(picture), 0, -1), interpolation='lanczos'); ax.set_axis_off()
+                    ax.imshow(np.moveaxis(np.asarray(picture), 0, -1), interpolation='none'); ax.set_axis_off()      # as they are: small files
                     if i == 0: ax.set_title(f'{frames[j] / fps:.2f} s', fontsize=8, weight='normal', loc='center', color=QUIET_INK, pad=3)
                 fig.text(.98 / inches[0], (y + size / 2) / inches[1], label, ha='right', va='center', fontsize=9)
         if title: fig.text(.05 / inches[0], 1 - .05 / inches[1], title, ha='left', va='top', weight='bold', fontsize=10)
@@ -464,7 +465,7 @@ def clip_strip(clips: list,               # prepared clips
                faces: dict,               # {clip name: (T,3,H,W) uint8 generated}
                reference: str,            # policy that the generator was run with
                seed: int = 0,             # of that policy
-               columns: int = 8, title: str = ''
+               columns: int = 6, title: str = ''
               ) -> tuple:                 # figure, DataFrame
     "Four rows for each clip, at moments where the true mouth is most closed and most open."
     groups = []
