@@ -507,6 +507,10 @@ def readme_times(root: str | Path, profile: str) -> str:
             + f". It was made from commit `{record['git'][:8]}` on {record['made'][:10]}.")
 
 def readme_status(root: str | Path, profile: str, stem: str = 'baselines') -> str:
-    "The rendered table of a profile, or a sentence that says it is not there."
+    "The first set of a profile's rendered table with its notes, or a sentence that says it is not there."
     path = Path(root)/'paper_figures'/profile/f'{stem}.md'
-    return path.read_text() if path.is_file() else f'No results of the profile `{profile}` yet: `make repro` writes them.'
+    if not path.is_file(): return f'No results of the profile `{profile}` yet: `make repro` writes them.'
+    lines = path.read_text().splitlines()
+    groups = [i for i, line in enumerate(lines) if line.startswith('| **')]; notes = max(i for i, line in enumerate(lines) if line.startswith('|')) + 1
+    kept = lines[:groups[1]] + lines[notes:] if len(groups) > 1 else lines
+    return '\n'.join(line for line in kept if not line.startswith('Left out')) + f'\n\nThe other sets: [{stem}.md](../paper_figures/{profile}/{stem}.md).'

@@ -56,6 +56,14 @@ def executed_stages() -> list[tuple[Path, Path | None]]:
     return out
 
 
+def from_site(text: str) -> str:
+    "Links that the index writes for the checkout, as links within the site."
+    text = re.sub(r'\[([^\]]*)\]\(\.\./paper_figures/[^)]*\.md\)', r'`\1`', text)      # a table has its own page: that of its stage
+    text = re.sub(r'(\]\(|src=")\.\./(paper_figures/)', r'\1_static/\2', text)
+    text = re.sub(r'\]\(\.\./(LICENSE|CHANGELOG\.md)\)', lambda m: '](licences.md)' if m[1] == 'LICENSE' else '](changelog.md)', text)
+    return re.sub(r'\]\(\.\./[^)]*\)', '](index.ipynb)', text)
+
+
 def toctree(caption: str, entries: list[str]) -> str:
     return f'```{{toctree}}\n:caption: {caption}\n:maxdepth: 1\n\n' + '\n'.join(entries) + '\n```\n'
 
@@ -84,10 +92,9 @@ def prepare() -> None:
         '\n' + toctree('Pipeline and papers', stages) + '\n' + toctree('About', ['changelog', 'licences'])
     index.cells.append(nbformat.v4.new_markdown_cell(tocs))
     for cell in index.cells:
-        if cell.cell_type == 'markdown':
-            cell.source = re.sub(r'(\]\(|src=")\.\./(paper_figures/)', r'\1_static/\2', cell.source)
-            cell.source = re.sub(r'\]\(\.\./(LICENSE|CHANGELOG\.md)\)', lambda m: '](licences.md)' if m[1] == 'LICENSE' else '](changelog.md)', cell.source)
-            cell.source = re.sub(r'\]\(\.\./[^)]*\)', lambda m: '](index.ipynb)', cell.source)
+        if cell.cell_type == 'markdown': cell.source = from_site(cell.source)
+        for output in cell.get('outputs', []):
+            if 'text/markdown' in output.get('data', {}): output.data['text/markdown'] = from_site(output.data['text/markdown'])
     write(index, SOURCE/'index.ipynb', names)
     shutil.copy(ROOT/'CHANGELOG.md', SOURCE/'changelog.md'); shutil.copy(Path(__file__).parent/'licences.md', SOURCE/'licences.md')
 

@@ -5,6 +5,7 @@ copyright = '2026, the talkingface developers'
 extensions = ['myst_nb', 'sphinx.ext.mathjax', 'sphinx_design', 'sphinx_copybutton']
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'gfm'     # tables in outputs
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'deflist']
 myst_heading_anchors = 4
 html_theme = 'sphinx_book_theme'
