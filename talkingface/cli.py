@@ -118,7 +118,7 @@ def _real(args) -> int:
 
 def _bench(args) -> int:
     from talkingface.benchmarks import run_benchmarks
-    print(run_benchmarks(repository_root(), args.profile, args.seconds))
+    run_benchmarks(repository_root(), args.profile, args.seconds)
     return 0
 
 # %% ../nbs/13_cli.ipynb #58af3af5
