@@ -68,3 +68,4 @@ clean:  ## remove results, caches and the built site; keeps .venv and data
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r a b; do printf '  make %-8s %s\n' "$$a" "$$b"; done
+	@echo '  variables: PROFILE=smoke|demo|medium|bench|paper  JOBS=stages side by side  PYTHON=python3.11'

@@ -221,12 +221,12 @@ def repository_root(start: str | Path = '.') -> Path:
     raise InputError(f"{start} is not inside a talkingface checkout (no settings.ini with params.yaml in it or above it)")
 
 def git_sha(root: str | Path = '.') -> str:
-    "Commit of the checkout, with `+` if tracked files differ from it; `unknown` outside git."
+    "Commit of the checkout, with `+` if tracked files other than results differ from it; `unknown` outside git."
     run = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True)
     try: head = run('rev-parse', 'HEAD')
     except FileNotFoundError: return 'unknown'
     if head.returncode: return 'unknown'
-    return head.stdout.strip() + ('+' if run('status', '--porcelain', '-uno').stdout.strip() else '')
+    return head.stdout.strip() + ('+' if run('status', '--porcelain', '-uno', '--', ':/', ':!/paper_figures', ':!/dvc.lock', ':!/README.md').stdout.strip() else '')
 
 # %% ../nbs/00_core.ipynb #83e62d0b
 def versions(*packages: str) -> dict[str, str]:

@@ -404,6 +404,7 @@ def similarity_along_clips(curves: dict,          # {clip: (n,) cosine at each p
     data = pd.concat([pd.DataFrame(dict(clip=clip, position=np.arange(len(v)), similarity=np.asarray(v, float), pair=pair))
                       for pair, group in pairs.items() for clip, v in group.items()], ignore_index=True)
     data.insert(2, 'seconds', data['position'] / fps)
+    data = data.dropna(subset=['similarity'])      # positions that a caller left out, such as silence
     with plotting() as plt:
         fig, (ax, side) = plt.subplots(1, 2, figsize=(7.2, 2.9), width_ratios=(4.2, 1), sharey=True,
                                        layout='constrained'); plt.close(fig)
@@ -502,9 +503,9 @@ def readme_times(root: str | Path, profile: str) -> str:
     path = Path(root)/'paper_figures'/profile/'provenance.json'
     if not path.is_file(): return f'The profile `{profile}` has not been run in this checkout yet.'
     record = read_json(path); longest = sorted(record['stages'].items(), key=lambda s: -s[1])[:3]
-    return (f"On {record['cores']} CPU cores the profile `{profile}` took {record['seconds'] / 60:.0f} minutes of stage time, side by side less; the longest: "
-            + ', '.join(f'`{name.split("@")[0]}{" " + name.split("-", 1)[1] if "-" in name else ""}` {seconds:.0f} s' for name, seconds in longest)
-            + f". It was made from commit `{record['git'][:8]}` on {record['made'][:10]}.")
+    told = ', '.join(f'`{name.split("@")[0]}{" " + name.split("-", 1)[1] if "-" in name else ""}` {seconds:.0f} s' for name, seconds in longest)
+    return (f"On {record['cores']} CPU cores the profile `{profile}` took {record['seconds'] / 60:.0f} minutes of wall time after the installation; the longest stages: "
+            f"{told}. Made on {record['made'][:10]} from commit `{record['git'][:8]}`{', with uncommitted changes' if record['git'].endswith('+') else ''}.")
 
 def readme_status(root: str | Path, profile: str, stem: str = 'baselines') -> str:
     "The first set of a profile's rendered table with its notes, or a sentence that says it is not there."
@@ -513,4 +514,4 @@ def readme_status(root: str | Path, profile: str, stem: str = 'baselines') -> st
     lines = path.read_text().splitlines()
     groups = [i for i, line in enumerate(lines) if line.startswith('| **')]; notes = max(i for i, line in enumerate(lines) if line.startswith('|')) + 1
     kept = lines[:groups[1]] + lines[notes:] if len(groups) > 1 else lines
-    return '\n'.join(line for line in kept if not line.startswith('Left out')) + f'\n\nThe other sets: [{stem}.md](../paper_figures/{profile}/{stem}.md).'
+    return '\n'.join(kept) + f'\n\nThe other sets: [{stem}.md](../paper_figures/{profile}/{stem}.md).'

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NOISE', 'CorpusParams', 'PrepareParams', 'GenerateParams', 'EvaluateParams', 'FigureParams', 'Profile', 'Params',
            'read_params', 'params_block', 'select_profiles', 'stage_parameters', 'check_parameters', 'StageError',
-           'run_stage', 'stage_graph', 'affected', 'upstream', 'repro', 'stage_times']
+           'run_stage', 'stage_graph', 'affected', 'upstream', 'repro', 'stage_times', 'busy_seconds']
 
 # %% ../nbs/10_pipeline.ipynb #047828dd
+import calendar
 import json
 import os
 import re
@@ -262,3 +263,12 @@ def repro(root: str | Path = '.',      # the checkout
 def stage_times(root: str | Path, profile: str) -> list[dict]:
     "The records of the stages of `profile` that ran in this checkout, in order of their start."
     return sorted((read_json(p) for p in (Path(root)/'runs'/profile/'log').glob('*.json')), key=lambda r: r['started'])
+
+# %% ../nbs/10_pipeline.ipynb #7ecb434e
+def busy_seconds(times: list[dict]) -> float:
+    "Wall time in which at least one of the stages ran: stages side by side count once, pauses between them not at all."
+    total, until = 0., 0.
+    for record in sorted(times, key=lambda r: r['started']):
+        start = calendar.timegm(time.strptime(record['started'], '%Y-%m-%dT%H:%M:%SZ')); end = start + record['seconds']
+        total += max(0., end - max(start, until)); until = max(until, end)
+    return round(total, 1)

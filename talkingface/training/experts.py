@@ -219,7 +219,7 @@ def _clip_accuracy(scores: np.ndarray, speech: np.ndarray, min_offset: int) -> d
 # %% ../../nbs/06_training/01_experts.ipynb #f6cbbaf3
 def training_code(*modules: str) -> str:
     "What identifies the code of a training: a run made by other code is another run."
-    return source_hash('data.clips', 'layers', 'experts', 'training', *modules)
+    return source_hash('core', 'data.audio', 'data.clips', 'layers', 'experts', 'training', *modules)
 
 def data_hash(store) -> str:
     "What identifies the clips of a store: the hash of their content that `prepare` wrote."
