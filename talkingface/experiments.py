@@ -212,7 +212,7 @@ def _notes(table) -> list[str]:
                              f"({r['method'].replace('_', ' ')})")
         short = sorted({tell(m, r) for m in metrics for _, r in table.iterrows() if r[f'{m}_n'] < r[f'{m}_given']})
         more = f'; and {len(short) - 6} more (CSV).' if len(short) > 6 else '.'
-        if short: notes.append('Left out with a reason: ' + '; '.join(short[:6]) + more)
+        if short: notes.append('Left out with a reason (the rows name it): ' + '; '.join(short[:6]) + more)
     if any(c.endswith('_reported') for c in table):
         notes.append('Reported: as published, on the data of the papers, by another expert.')
     if any((table[c] == False).any() for c in table if c.endswith('_confirmed')):    # noqa: E712, the column may hold NaN
@@ -419,8 +419,9 @@ def similarity_along_clips(curves: dict,          # {clip: (n,) cosine at each p
                       histtype='stepfilled', edgecolor=colour, linestyle=dash)
         low = min(0., float(data['similarity'].min()) - .05)
         ax.set(xlabel='time in clip (s)', ylabel='cosine similarity', ylim=(low, 1.02))
-        ax.set_title(f'{expert}: lips and speech along clips')
+        ax.set_title(f'Similarity of lips and speech ({expert})')
         side.set(xlabel='density of\nall positions')
+        fig.supxlabel('thin: one clip; thick: their mean; ±: standard deviation over positions', fontsize=7.5, color=QUIET_INK)
         fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2)
     return fig, data
 
