@@ -421,8 +421,8 @@ def similarity_along_clips(curves: dict,          # {clip: (n,) cosine at each p
         ax.set(xlabel='time in clip (s)', ylabel='cosine similarity', ylim=(low, 1.02))
         ax.set_title(f'Similarity of lips and speech ({expert})')
         side.set(xlabel='density of\nall positions')
-        fig.supxlabel('thin: one clip; thick: their mean; ±: standard deviation over positions', fontsize=7.5, color=QUIET_INK)
-        fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2)
+        fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, title_fontsize=7.5,
+                   title='thin: one clip; thick: their mean; ±: standard deviation over positions')
     return fig, data
 
 # %% ../nbs/09_experiments.ipynb #be0657e6
