@@ -20,7 +20,7 @@ from .experiments import qualitative_strip, save_figure, strip_frames, summarise
 from .generators.base import build_generator
 from .metrics.report import corpus_scorers, evaluate_method
 from .metrics.sync import check_independent
-from .training.loop import load_model
+from .weights import load_model
 
 # %% ../nbs/11_footage.ipynb #4a709ec1
 def footage_corpus(folder: str | Path   # of clips with stored landmarks

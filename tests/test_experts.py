@@ -10,7 +10,8 @@ from talkingface.core import InputError, ParamsError
 from talkingface.experts.base import (SyncExpert, WindowExpert, best_offset, check_expert, embed_clip, face_windows, frozen,
                                       offset_scores, similarity_curve, speech_windows, unit_length)
 from talkingface.experts.landmarks import LipLandmarker, mouth_shape
-from talkingface.experts.syncnet import EXPERTS, LightSyncNet, SyncNet, build_expert
+from talkingface.experts.syncnet import LightSyncNet, SyncNet
+from talkingface.experts.checkpoints import EXPERTS, build_expert
 from talkingface.layers import FiLM, gflop, lower_half_bgr, parameter_count, warp
 
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import yaml
 
 from talkingface.core import ParamsError, typed
 from talkingface.data.corpora import corpus_spec
-from talkingface.experts.syncnet import build_expert
+from talkingface.experts.checkpoints import build_expert
 from talkingface.generators.base import generator_class
 from talkingface.metrics.base import metric_info
 from talkingface.metrics.report import CLIP_SCORES

@@ -7,7 +7,7 @@ from goldens import FOLDER, compare, det_array, det_state, load_golden, load_man
 from talkingface.experts.base import face_windows
 from talkingface.experts.syncnet import SyncNet
 from talkingface.losses.adversarial import QualityDiscriminator
-from talkingface.training.loop import load_published
+from talkingface.weights import load_published
 
 torch.set_num_threads(1)
 

@@ -20,12 +20,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from talkingface.core import CheckpointError, ParamsError, TalkingFaceError
-from talkingface.experts.syncnet import build_expert
+from talkingface.experts.checkpoints import build_expert
 from talkingface.generators.base import build_generator
 from talkingface.training.experts import ExpertParams, SyncObjective, train_expert
 from talkingface.training.generators import GeneratorParams, GeneratorTraining, Row, train_generator
-from talkingface.training.loop import (Callback, EarlyStop, PlateauWarning, Validate, checkpoints, finish_run, fit, load_model,
-                                       load_published, load_weights, make_fabric, save_model, warmup_cosine)
+from talkingface.training.loop import (Callback, EarlyStop, PlateauWarning, Validate, checkpoints, finish_run, fit, make_fabric,
+                                       warmup_cosine)
+from talkingface.weights import load_model, load_published, load_weights, save_model
 
 torch.set_num_threads(1)
 

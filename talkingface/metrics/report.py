@@ -18,7 +18,7 @@ from .base import METRICS, metric_info
 from .image import psnr_frames, ssim_frames
 from .lips import LipTracker, aperture_correlation, lmd_frames
 from .sync import SyncScorer, load_scorer
-from ..training.loop import load_model
+from ..weights import load_model
 
 # %% ../../nbs/08_metrics/04_report.ipynb #ab27d50b
 ROW_FIELDS = ('profile', 'method', 'set', 'clip', 'seed', 'metric', 'value', 'n_frames', 'protocol', 'reason')

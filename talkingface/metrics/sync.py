@@ -16,9 +16,9 @@ from torch.nn.functional import pad
 
 from ..core import InputError, SAMPLES_PER_FRAME
 from ..experts.base import embed_clip
-from ..experts.syncnet import build_expert
+from ..experts.checkpoints import build_expert
 from .base import ClipMean, MetricInfo, as_frames, as_tensor, describe
-from ..training.loop import load_model
+from ..weights import load_model
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #1e722775
 def lse_distances(video,           # (n,D) embedding of the lips at each position

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FILES', 'KEPT', 'check_device', 'make_fabric', 'Runtime', 'pack', 'unpack', 'rng_state', 'set_rng_state',
-           'save_model', 'load_weights', 'read_weights', 'load_model', 'load_published', 'Run', 'Callback',
-           'checkpoints', 'writing', 'CSVLog', 'mean_logs', 'ProgressBar', 'Validate', 'EarlyStop', 'PlateauWarning',
-           'SaveCheckpoint', 'named', 'save_checkpoint', 'run_meta', 'load_checkpoint', 'load_optimizer', 'differences',
-           'plain', 'check_run', 'begin_run', 'clear_run', 'warmup_cosine', 'batch_loader', 'set_rates', 'fit',
-           'finish_run']
+           'Run', 'Callback', 'checkpoints', 'writing', 'CSVLog', 'mean_logs', 'ProgressBar', 'Validate', 'EarlyStop',
+           'PlateauWarning', 'SaveCheckpoint', 'named', 'save_checkpoint', 'run_meta', 'load_checkpoint',
+           'load_optimizer', 'differences', 'plain', 'check_run', 'begin_run', 'clear_run', 'warmup_cosine',
+           'batch_loader', 'set_rates', 'fit', 'finish_run']
 
 # %% ../../nbs/06_training/00_loop.ipynb #da1179af
 import csv
@@ -17,7 +16,6 @@ import difflib
 import json
 import math
 import os
-import pickle
 import random
 import shutil
 import time
@@ -26,13 +24,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterator, Literal
 
-from ..core import (CheckpointError, InputError, ParamsError, TalkingFaceError, atomic_path, file_hash, git_sha,
-                              progress, read_json, versions, write_json)
+from ..core import (CheckpointError, InputError, ParamsError, TalkingFaceError, atomic_path, git_sha, progress, read_json,
+                              versions, write_json)
+from ..weights import load_model, load_published, load_weights, read_weights, save_model, some  # noqa: F401
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -133,100 +132,6 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     gauss = state['python_gauss'].item()
     random.setstate((3, tuple(state['python'].tolist()), None if math.isnan(gauss) else gauss))
     if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'])
-
-# %% ../../nbs/06_training/00_loop.ipynb #2037d65f
-def save_model(path: str | Path,   # folder; other files in it are left alone
-               module: nn.Module,  # has `config`, unless `meta` brings one
-               meta: dict          # readable facts: metrics, step, seconds, ...
-              ) -> Path:
-    "Write the weights of `module` and `meta` with the `config` that rebuilds it."
-    path = Path(path); weights = path/'model.safetensors'
-    config = meta.get('config') or getattr(module, 'config', None)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{type(module).__name__} has no `config` dict and meta brings none: "
-                              f"it could not be rebuilt from {path}")
-    (path/'meta.json').unlink(missing_ok=True)
-    with atomic_path(weights) as part:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}, part)
-    write_json(path/'meta.json', {'config': config, **meta, 'weights_sha256': file_hash(weights), 'versions': versions()})
-    return path
-
-# %% ../../nbs/06_training/00_loop.ipynb #5d868147
-def _some(names, n: int = 4) -> str:
-    names = sorted(names)
-    return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
-
-def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str = 'the checkpoint') -> nn.Module:
-    "Load `weights` into `module`; keys or shapes that do not fit are refused in words."
-    own = module.state_dict(); wrong = []
-    if missing := own.keys() - weights.keys(): wrong.append(f"it lacks {len(missing)} of {len(own)} keys ({_some(missing)})")
-    if extra := weights.keys() - own.keys(): wrong.append(f"it has {len(extra)} unexpected keys ({_some(extra)})")
-    if other := [f'{k} {tuple(weights[k].shape)} for {tuple(own[k].shape)}' for k in own.keys() & weights.keys()
-                 if own[k].shape != weights[k].shape]: wrong.append(f"{len(other)} shapes differ ({_some(other)})")
-    if wrong: raise CheckpointError(f"{where} is of another architecture than {type(module).__name__}"
-                                    f"{getattr(module, 'config', None) or ''}: {'; '.join(wrong)}. "
-                                    "Build the network with the config that the weights were saved with")
-    module.load_state_dict(weights)
-    return module
-
-# %% ../../nbs/06_training/00_loop.ipynb #b29cbe43
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    "Tensors of a safetensors file; a missing or damaged one gives a `CheckpointError`."
-    path = Path(path)
-    if not path.is_file(): 
-        raise CheckpointError(f"no such file: {path}. Expected weights there; train first, or correct the path")
-    try: return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); expected a safetensors file. "
-                              "Restore it, or remove its folder and train again") from error
-
-def load_model(path: str | Path,       # folder written by `save_model`
-               build: Callable,        # config -> module, e.g. `build_expert`
-               device: str = 'cpu'
-              ) -> nn.Module:          # in eval mode; `meta` holds what was saved with it
-    "Rebuild a network from its folder."
-    if str(device).startswith('cuda') and not torch.cuda.is_available():
-        raise InputError("device: expected a CUDA device, torch sees none; pass device='cpu' or install a CUDA build of torch")
-    path = Path(path); meta = path/'meta.json'
-    if not meta.is_file(): 
-        raise CheckpointError(f"{path} holds no finished model (no meta.json); expected a folder written by save_model")
-    meta = read_json(meta); weights = path/'model.safetensors'
-    if weights.is_file() and file_hash(weights) != meta.get('weights_sha256'):
-        raise CheckpointError(f"{weights} is damaged: its sha256 is not the one in meta.json. Restore the folder or train again")
-    try: module = build(dict(meta['config']))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} holds {meta.get('config')}, which {getattr(build, '__name__', build)} "
-                              f"cannot build: {error}") from error
-    module = load_weights(module, read_weights(weights), str(weights)).to(device).eval()
-    module.meta = meta
-    return module
-
-# %% ../../nbs/06_training/00_loop.ipynb #ffb29b24
-def load_published(path: str | Path,   # .pth, .pt, .ckpt, .safetensors
-                   keys: tuple = ('state_dict', 'model_state_dict', 'model', 'net', 'generator')  # wrappings to look through
-                  ) -> dict[str, torch.Tensor]:
-    "The tensors of a published checkpoint: bare, or wrapped under one of `keys`, with `module.` prefixes removed."
-    path = Path(path)
-    if path.suffix == '.safetensors': return _bare(read_weights(path))
-    if not path.is_file(): raise CheckpointError(f"no such file: {path}. Expected a published checkpoint there")
-    try: found = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} was refused: it is a pickle that wants to run code (or is no checkpoint at all). "
-                              "Expected plain tensors. Convert it to safetensors where you trust its source") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged or no torch checkpoint ({type(error).__name__}: {error})") from error
-    for _ in range(2): found = next((found[k] for k in keys if isinstance(found, dict) and isinstance(found.get(k), dict)), found)
-    if not isinstance(found, dict) or not any(isinstance(v, torch.Tensor) for v in found.values()):
-        raise CheckpointError(f"{path}: expected a dict of tensors, bare or under {', '.join(keys)}; got {_what(found)}")
-    return _bare(found)
-
-def _bare(weights: dict) -> dict:
-    "Only the tensors, without the prefix that DataParallel writes."
-    weights = {k: v for k, v in weights.items() if isinstance(v, torch.Tensor)}
-    wrapped = all(k.startswith('module.') for k in weights)
-    return {k.removeprefix('module.'): v for k, v in weights.items()} if wrapped else weights
-
-def _what(x) -> str: return f'a dict of {_some(map(str, x))}' if isinstance(x, dict) else f'a {type(x).__name__}'
 
 # %% ../../nbs/06_training/00_loop.ipynb #b0ec5661
 @dataclasses.dataclass
@@ -392,7 +297,7 @@ def save_checkpoint(run: Run, callbacks: tuple = (), keep: int = 1) -> None:
                    for name, module in run.modules.items() for k, v in module.state_dict().items()}
         path = run.out/'checkpoints'/f'step_{run.step:08d}'
         if bad := [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
-            raise TalkingFaceError(f"{_some(bad)} is not finite at step {run.step} of {run.out}; this checkpoint is not written, the one "
+            raise TalkingFaceError(f"{some(bad)} is not finite at step {run.step} of {run.out}; this checkpoint is not written, the one "
                                    "before it is kept. Lower the learning rate, or train in 32-true")
         with writing(run, path), atomic_path(path) as part:
             part.mkdir()
