@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unit_length', 'SyncExpert', 'face_windows', 'speech_windows', 'WindowExpert', 'check_expert', 'frozen', 'embed_clip',
-           'similarity_curve', 'offset_scores', 'best_offset']
+           'embed_stored', 'similarity_curve', 'offset_scores', 'best_offset']
 
 # %% ../../nbs/03_experts/00_base.ipynb #e4ad8319
 import json
@@ -27,9 +27,11 @@ class SyncExpert(nn.Module):
     "Interface of all sync experts."
     window: int = 5          # frames per position
     positive: bool = False   # True if the cosine cannot be negative
+    aligned: bool = False    # True if it aligns the face by its landmarks
+    stored: str = 'wav'      # the sound of a prepared clip that `embed_stored` hands over: 'wav', or 'mel' as ready features
     config: dict             # `name` and constructor arguments: `build_expert(config)` gives the same network
 
-    def embed_video(self, faces: Tensor) -> Tensor: raise NotImplementedError
+    def embed_video(self, faces: Tensor, landmarks: Tensor | None = None) -> Tensor: raise NotImplementedError
     def audio_features(self, wav: Tensor) -> Tensor: raise NotImplementedError
     def embed_audio(self, features: Tensor) -> Tensor: raise NotImplementedError
 
@@ -40,9 +42,9 @@ class SyncExpert(nn.Module):
                              "cut the longer one")
         return (v*a).sum(-1)
 
-    def forward(self, faces: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, faces: Tensor, features: Tensor, landmarks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Both embeddings in one call, which is what data-parallel training wraps."
-        return self.embed_video(faces), self.embed_audio(features)
+        return self.embed_video(faces, landmarks), self.embed_audio(features)
 
 # %% ../../nbs/03_experts/00_base.ipynb #5b2dab8e
 def face_windows(faces: Tensor,    # (B, T, 3, H, W) RGB in [0, 1]
@@ -65,8 +67,9 @@ def speech_windows(mel: Tensor  # (B, 80, M), 80 columns per second
 # %% ../../nbs/03_experts/00_base.ipynb #8b50bdcd
 class WindowExpert(SyncExpert):
     "A sync expert over windows of 5 lower-half frames and 16 mel columns; subclasses add `encode_faces` and `encode_mel`."
-    size = 96   # px of the face crop
-    chunk = 64  # positions per batch when a long clip is embedded
+    size = 96       # px of the face crop
+    chunk = 64      # positions per batch when a long clip is embedded
+    stored = 'mel'
 
     def __init__(self):
         super().__init__()
@@ -74,42 +77,65 @@ class WindowExpert(SyncExpert):
 
     def encode_faces(self, windows: Tensor) -> Tensor: raise NotImplementedError  # (K, 15, 48, 96) -> (K, D)
     def encode_mel(self, mels: Tensor) -> Tensor: raise NotImplementedError       # (K, 1, 80, 16) -> (K, D)
+    def video_windows(self, faces: Tensor) -> Tensor: return face_windows(faces, self.window, self.size)  # (B, N, 15, 48, 96)
+    def audio_windows(self, features: Tensor) -> Tensor: return speech_windows(features)[:, :, None]      # (B, N, 1, 80, 16)
 
-    def embed_video(self, faces: Tensor  # (B, T, 3, H, W) RGB in [0, 1]
-                   ) -> Tensor:          # (B, T-4, D)
-        windows = face_windows(faces, self.window, self.size)
-        return unit_length(self.encode_faces(windows.flatten(0, 1))).view(*windows.shape[:2], -1)
+    def raw_video(self, faces: Tensor,     # (B, T, 3, H, W) RGB in [0, 1]
+                  every: int = 1           # compute positions 0, every, 2 every, ...
+                 ) -> Tensor:              # (B, N, D), not normalised
+        windows = self.video_windows(faces)[:, ::every]
+        return self.encode_faces(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
 
+    def raw_audio(self, features: Tensor,  # mel (B, 80, M)
+                  every: int = 1
+                 ) -> Tensor:              # (B, N, D), not normalised
+        windows = self.audio_windows(features)[:, ::every]
+        return self.encode_mel(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+
+    def embed_video(self, faces: Tensor, landmarks: Tensor | None = None, every: int = 1) -> Tensor:  # (B, N, D)
+        return unit_length(self.raw_video(faces, every))
     def audio_features(self, wav: Tensor) -> Tensor: return self.mel(wav)         # (B, S) -> (B, 80, M)
-
-    def embed_audio(self, features: Tensor  # mel (B, 80, M)
-                   ) -> Tensor:             # (B, N, D); one position for 16 columns
-        windows = speech_windows(features)
-        return unit_length(self.encode_mel(windows.flatten(0, 1)[:, None])).view(*windows.shape[:2], -1)
+    def embed_audio(self, features: Tensor, every: int = 1) -> Tensor:            # (B, N, D); one position for 16 columns
+        return unit_length(self.raw_audio(features, every))
 
 # %% ../../nbs/03_experts/00_base.ipynb #02c7dd6d
+def _device(expert: nn.Module) -> torch.device:
+    return next((t.device for t in [*expert.parameters(), *expert.buffers()]), torch.device('cpu'))
+
+def _sketched_landmarks(frames: int, size: int, device: torch.device) -> Tensor:
+    "(2, frames, 68, 2) px: eyes, nose and mouth of an upright face that drifts to the right."
+    points = torch.full((68, 2), .5)
+    for at, x, y in ((36, .25, .35), (39, .4, .35), (42, .6, .35), (45, .75, .35), (33, .5, .58)):
+        points[at] = torch.tensor([x, y])
+    points[48:, 1] = .75
+    drift = torch.linspace(0, .05, frames)[:, None, None]*torch.tensor([1., 0.])
+    return ((points + drift)*(size - 1)).expand(2, -1, -1, -1).to(device)
+
+def _check_windows(expert: SyncExpert, faces: Tensor, v: Tensor, atol: float) -> None:
+    one = torch.cat([expert.embed_video(faces[:, i:i + expert.window]) for i in range(v.shape[1])], 1)
+    assert torch.allclose(one, v, atol=atol), "dense embeddings differ from single windows"
+    try: expert.embed_video(faces[:, :expert.window - 1])
+    except InputError: pass
+    else: raise AssertionError("a clip shorter than the window was accepted")
+
 def check_expert(expert: SyncExpert, size: int = 96, atol: float = 1e-4) -> None:
     "Run `expert` through the contract on random input; an `AssertionError` says which part is broken."
-    mode, draw = expert.training, torch.Generator().manual_seed(0)
-    device = next((t.device for t in [*expert.parameters(), *expert.buffers()]), torch.device('cpu'))
-    frames = expert.window + 3
+    mode, draw, device, frames = expert.training, torch.Generator().manual_seed(0), _device(expert), expert.window + 3
     faces = torch.rand(2, frames, 3, size, size, generator=draw).to(device).requires_grad_()
     wav = (torch.randn(2, frames*SAMPLES_PER_FRAME, generator=draw)*.1).to(device)
+    landmarks = _sketched_landmarks(frames, size, device) if expert.aligned else None
     expert.eval()
-    v, a = expert(faces, expert.audio_features(wav))
+    v, a = expert(faces, expert.audio_features(wav), landmarks)
     sims = expert.similarity(v, a)
     assert v.shape == a.shape and v.shape[:2] == (2, frames - expert.window + 1), f"shapes: video {v.shape}, audio {a.shape}"
     for x in (v, a): assert (x.norm(dim=-1) - 1).abs().max() < 1e-3, "embeddings are not of unit length"
     assert sims.abs().max() <= 1 + 1e-3 and (not expert.positive or sims.min() >= 0), "cosine out of its range"
-    if expert.window > 1:
-        one = torch.cat([expert.embed_video(faces[:, i:i + expert.window]) for i in range(v.shape[1])], 1)
-        assert torch.allclose(one, v, atol=atol), "dense embeddings differ from single windows"
-        try: expert.embed_video(faces[:, :expert.window - 1])
-        except InputError: pass
-        else: raise AssertionError("a clip shorter than the window was accepted")
+    if expert.window > 1: _check_windows(expert, faces, v, atol)
+    if expert.aligned: assert expert.embed_video(faces).shape == v.shape, "without landmarks the shape is another"
     slope, = torch.autograd.grad(sims.sum(), faces)
     assert torch.isfinite(slope).all() and slope.abs().sum() > 0, "no gradient reaches the faces"
     assert json.loads(json.dumps(expert.config))['name'], "config has no name"
+    assert expert.stored in ('mel', 'wav'), f"stored: expected 'mel' or 'wav', got {expert.stored!r}"
     expert.train(mode)
 
 # %% ../../nbs/03_experts/00_base.ipynb #026ac72b
@@ -118,27 +144,48 @@ def frozen(expert: nn.Module) -> nn.Module:
     return expert.eval().requires_grad_(False)
 
 # %% ../../nbs/03_experts/00_base.ipynb #a96f2e25
+def _embed_faces(expert: SyncExpert, faces: Tensor, landmarks: Tensor | None, every: int, tensor) -> Tensor:
+    "(N, D) of a clip; experts with a `chunk` in pieces of that many positions, the others at once."
+    chunk = getattr(expert, 'chunk', None)
+    if chunk is None:
+        return expert.embed_video(to_unit(tensor(faces)), None if landmarks is None else tensor(landmarks))[0, ::every]
+    sparse = dict(every=every) if isinstance(expert, WindowExpert) else {}
+    span, pieces = chunk*every, []
+    for start in range(0, max(len(faces) - expert.window + 1, 1), span):
+        v = expert.embed_video(to_unit(tensor(faces[start:start + span + expert.window - 1])), **sparse)[0]
+        pieces.append(v if sparse else v[::every])
+    return torch.cat(pieces)
+
 @torch.no_grad()
 def embed_clip(expert: SyncExpert,
-               faces: Tensor,  # (T, 3, H, W) uint8, or float in [0, 1]; NumPy arrays are taken too
-               audio: Tensor   # (S,) wav at 16 kHz, or the expert's features without the batch axis
-              ) -> tuple[Tensor, Tensor]:  # video and audio embeddings (N, D) on the expert's device
+               faces: Tensor,                   # (T, 3, H, W) uint8, or float in [0, 1]; NumPy arrays are taken too
+               audio: Tensor,                   # (S,) wav at 16 kHz, or the expert's features without the batch axis
+               landmarks: Tensor | None = None, # (T, 68, 2) px of the crop, for experts that are `aligned`
+               every: int = 1                   # keep positions 0, every, 2 every, ... and compute no others if possible
+              ) -> tuple[Tensor, Tensor]:       # video and audio embeddings (N, D) on the expert's device
     "Both embeddings of one clip, cut to the positions that both have."
-    device = next((t.device for t in [*expert.parameters(), *expert.buffers()]), torch.device('cpu'))
+    device, mode = _device(expert), expert.training
     tensor = lambda x: (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))).to(device)[None]
-    mode, chunk = expert.training, getattr(expert, 'chunk', None) or len(faces)
     expert.eval()
-    starts = range(0, max(len(faces) - expert.window + 1, 1), chunk)
-    v = torch.cat([expert.embed_video(to_unit(tensor(faces[s:s + chunk + expert.window - 1])))[0] for s in starts])
-    a = expert.embed_audio(expert.audio_features(tensor(audio)) if audio.ndim == 1 else tensor(audio))[0]
+    v = _embed_faces(expert, faces, landmarks, every, tensor)
+    features = expert.audio_features(tensor(audio)) if audio.ndim == 1 else tensor(audio)
+    a = expert.embed_audio(features, every)[0] if isinstance(expert, WindowExpert) else expert.embed_audio(features)[0, ::every]
     expert.train(mode)
     count = min(len(v), len(a))
     return v[:count], a[:count]
 
-def similarity_curve(expert: SyncExpert, faces: Tensor, audio: Tensor  # as `embed_clip` takes them
-                    ) -> Tensor:                                       # (N,)
+def embed_stored(expert: SyncExpert,
+                 clip,                    # a `Clip` of the store, or anything with its `faces`, `landmarks`, `mel` and `wav`
+                 every: int = 1
+                ) -> tuple[Tensor, Tensor]:  # (N, D) each
+    "Both embeddings of a prepared clip: the faces with their landmarks, and the sound that the expert hears."
+    audio = np.array(getattr(clip, expert.stored))
+    return embed_clip(expert, np.array(clip.faces), audio, np.array(clip.landmarks) if expert.aligned else None, every)
+
+def similarity_curve(expert: SyncExpert, faces: Tensor, audio: Tensor, landmarks: Tensor | None = None  # as for `embed_clip`
+                    ) -> Tensor:                                                                        # (N,)
     "Cosine of picture and sound at every position of a clip."
-    return expert.similarity(*embed_clip(expert, faces, audio))
+    return expert.similarity(*embed_clip(expert, faces, audio, landmarks))
 
 # %% ../../nbs/03_experts/00_base.ipynb #bf8889b5
 def offset_scores(video: Tensor,         # (..., N, D) of unit length
