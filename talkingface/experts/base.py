@@ -44,7 +44,8 @@ class SyncExpert(nn.Module):
 
     def forward(self, faces: Tensor, features: Tensor, landmarks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Both embeddings in one call, which is what data-parallel training wraps."
-        return self.embed_video(faces, landmarks), self.embed_audio(features)
+        v = self.embed_video(faces, landmarks) if self.aligned else self.embed_video(faces)
+        return v, self.embed_audio(features)
 
 # %% ../../nbs/03_experts/00_base.ipynb #5b2dab8e
 def face_windows(faces: Tensor,    # (B, T, 3, H, W) RGB in [0, 1]
@@ -148,7 +149,8 @@ def _embed_faces(expert: SyncExpert, faces: Tensor, landmarks: Tensor | None, ev
     "(N, D) of a clip; experts with a `chunk` in pieces of that many positions, the others at once."
     chunk = getattr(expert, 'chunk', None)
     if chunk is None:
-        return expert.embed_video(to_unit(tensor(faces)), None if landmarks is None else tensor(landmarks))[0, ::every]
+        where = (tensor(landmarks),) if expert.aligned and landmarks is not None else ()
+        return expert.embed_video(to_unit(tensor(faces)), *where)[0, ::every]
     sparse = dict(every=every) if isinstance(expert, WindowExpert) else {}
     span, pieces = chunk*every, []
     for start in range(0, max(len(faces) - expert.window + 1, 1), span):
