@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -69,6 +69,8 @@ class Clip:
     boxes: np.ndarray      # (T,4) float32, px of the frame
     mel: np.ndarray        # (80,M) float32
     wav: np.ndarray        # (640 T,) float32
+    phones: tuple[str, ...] = ()       # IPA symbols of what is said; empty where they are not known
+    phone_times: np.ndarray = field(default_factory=partial(np.zeros, (0, 2), np.float32))  # (K,2) seconds
 
     @property
     def frames(self) -> int: return len(self.faces)
@@ -125,6 +127,7 @@ class ClipStore:
         path = clip_path(self.root, name); arrays = read_tensors(path); size = os.path.getsize(path)
         if size != row['bytes'] or len(arrays['faces']) != row['frames']:
             raise StoreError(f"clip {name}: {path} is damaged ({size} bytes, prepare wrote {row['bytes']}); rerun prepare")
+        if 'phones' in arrays: arrays['phones'] = tuple(arrays['phones'].tobytes().decode().split())
         clip = self._open[name] = Clip(name, row['split'], row['identity'], row['text'], **arrays)
         if len(self._open) > _KEPT: self._open.popitem(last=False)
         return clip
@@ -220,6 +223,16 @@ def _sound(record, frames: int) -> tuple[np.ndarray, str]:
     note = f"audio {abs(extra)/SAMPLES_PER_FRAME/FPS:.2f} s {what}"
     return fit_length(wav, frames), note if abs(extra) > SAMPLES_PER_FRAME else ''
 
+
+def _phones(record) -> dict[str, np.ndarray]:
+    "Phoneme symbols and times from the tracks of a record; both empty where it has none."
+    from talkingface.data.corpora import load_tracks
+    tracks = load_tracks(record.tracks) if record.tracks and Path(record.tracks).suffix == '.npz' else {}
+    symbols, times = tracks.get('phones', np.zeros(0, 'U1')).tolist(), tracks.get('phone_times', np.zeros((0, 2)))
+    if len(symbols) != len(times):
+        raise InputError(f"{record.tracks}: expected a time for each phone, got {len(symbols)} phones and {len(times)} times")
+    return dict(phones=np.frombuffer(' '.join(symbols).encode(), np.uint8), phone_times=times.astype(np.float32).reshape(-1, 2))
+
 # %% ../../nbs/01_data/06_clips.ipynb #e4896306
 def prepare_clip(record,         # of a corpus: video, audio, tracks and names
                  tracker,        # a `FaceTracker`
@@ -234,7 +247,7 @@ def prepare_clip(record,         # of a corpus: video, audio, tracks and names
     wav, note = _sound(record, len(track))
     faces, mouths = _crops(record, track, size)
     return dict(faces=faces, mouths=mouths, landmarks=to_crop(track.landmarks, track.boxes, size), valid=track.valid,
-                boxes=track.boxes, mel=mel_spectrogram(wav), wav=wav), note
+                boxes=track.boxes, mel=mel_spectrogram(wav), wav=wav, **_phones(record)), note
 
 # %% ../../nbs/01_data/06_clips.ipynb #240d4024
 def _sources(record) -> list[Path]:
