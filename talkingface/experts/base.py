@@ -28,6 +28,7 @@ class SyncExpert(nn.Module):
     window: int = 5          # frames per position
     positive: bool = False   # True if the cosine cannot be negative
     aligned: bool = False    # True if it aligns the face by its landmarks
+    tail: int = 0            # positions at the end of a clip that have a picture but no whole window of sound
     stored: str = 'wav'      # the sound of a prepared clip that `embed_stored` hands over: 'wav', or 'mel' as ready features
     config: dict             # `name` and constructor arguments: `build_expert(config)` gives the same network
 
@@ -127,8 +128,9 @@ def check_expert(expert: SyncExpert, size: int = 96, atol: float = 1e-4) -> None
     landmarks = _sketched_landmarks(frames, size, device) if expert.aligned else None
     expert.eval()
     v, a = expert(faces, expert.audio_features(wav), landmarks)
-    sims = expert.similarity(v, a)
-    assert v.shape == a.shape and v.shape[:2] == (2, frames - expert.window + 1), f"shapes: video {v.shape}, audio {a.shape}"
+    heard = frames - expert.window + 1 - expert.tail
+    assert v.shape == (2, heard + expert.tail, a.shape[-1]) and a.shape[:2] == (2, heard), f"shapes: video {v.shape}, audio {a.shape}"
+    sims = expert.similarity(v[:, :heard], a)
     for x in (v, a): assert (x.norm(dim=-1) - 1).abs().max() < 1e-3, "embeddings are not of unit length"
     assert sims.abs().max() <= 1 + 1e-3 and (not expert.positive or sims.min() >= 0), "cosine out of its range"
     if expert.window > 1: _check_windows(expert, faces, v, atol)
