@@ -129,7 +129,7 @@ def check_expert(expert: SyncExpert, size: int = 96, atol: float = 1e-4) -> None
     expert.eval()
     v, a = expert(faces, expert.audio_features(wav), landmarks)
     heard = frames - expert.window + 1 - expert.tail
-    assert v.shape == (2, heard + expert.tail, a.shape[-1]) and a.shape[:2] == (2, heard), f"shapes: video {v.shape}, audio {a.shape}"
+    assert v.shape == (2, heard + expert.tail, a.shape[-1]) and a.shape[:2] == (2, heard), f"shapes: {v.shape}, {a.shape}"
     sims = expert.similarity(v[:, :heard], a)
     for x in (v, a): assert (x.norm(dim=-1) - 1).abs().max() < 1e-3, "embeddings are not of unit length"
     assert sims.abs().max() <= 1 + 1e-3 and (not expert.positive or sims.min() >= 0), "cosine out of its range"
