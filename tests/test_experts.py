@@ -7,16 +7,19 @@ import torch
 from torch import nn
 
 from talkingface.core import InputError, ParamsError
+from talkingface.data.audio import mfcc
+from talkingface.experts.avsyncnet import AVSyncNet, ResNet50, ResNetSE34L, ResNetSE34V2
 from talkingface.experts.base import (SyncExpert, WindowExpert, best_offset, check_expert, embed_clip, face_windows, frozen,
                                       offset_scores, similarity_curve, speech_windows, unit_length)
 from talkingface.experts.landmarks import LipLandmarker, mouth_shape
-from talkingface.experts.syncnet import LightSyncNet, SyncNet
+from talkingface.experts.syncnet import LightSyncNet, SyncNet, SyncNetV2
 from talkingface.experts.checkpoints import EXPERTS, build_expert
 from talkingface.layers import FiLM, gflop, lower_half_bgr, parameter_count, warp
 
 torch.set_num_threads(1)
 NETS = [lambda: SyncNet(.125), lambda: SyncNet(.125, relu=False),
-        lambda: LightSyncNet(8, 16), lambda: LightSyncNet(8, 16, relu=True)]
+        lambda: LightSyncNet(8, 16), lambda: LightSyncNet(8, 16, relu=True),
+        lambda: AVSyncNet(.125, 32, size=96), lambda: AVSyncNet(.125, 32, 'V2', relu=False, size=64)]
 
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
@@ -24,7 +27,7 @@ def seeded(seed=0): return torch.Generator().manual_seed(seed)
 
 # ---- contract
 
-@pytest.mark.parametrize('make', NETS)
+@pytest.mark.parametrize('make', [*NETS, lambda: SyncNetV2(.125, 32), lambda: AVSyncNet(.125, audio_width=.5)])
 def test_contract(make): check_expert(make())
 
 
@@ -50,10 +53,13 @@ def test_check_catches_wrong_range_and_leaks_between_windows():
     with pytest.raises(AssertionError, match='dense embeddings differ'): check_expert(Blurred(8, 16))
 
 
-@pytest.mark.parametrize('name', EXPERTS)
+OPTIONS = dict(syncnet=dict(width=.125), light_syncnet=dict(width=8, dim=16), syncnet_v2=dict(width=.125, dim=32),
+               avsyncnet=dict(width=.125, dim=32, audio='V2', size=96, audio_width=.25))
+
+
+@pytest.mark.parametrize('name', [name for name in OPTIONS if name in EXPERTS])
 def test_config_rebuilds(name):
-    options = dict(syncnet=dict(width=.125), light_syncnet=dict(width=8, dim=16))[name]
-    net = EXPERTS[name](**options)
+    net = EXPERTS[name](**OPTIONS[name])
     again = build_expert(net.config)
     again.load_state_dict(net.state_dict(), strict=True)
     assert again.config == net.config
@@ -105,6 +111,146 @@ def test_bad_faces(faces):
 
 def test_bad_mel():
     with pytest.raises(InputError, match='at least 16 columns'): LightSyncNet(8, 16).embed_audio(torch.zeros(1, 80, 15))
+
+
+# ---- AVSyncNet
+
+@torch.no_grad()
+def test_resnet50_is_torchvisions():
+    "Same keys, and with the same weights the same numbers, on a half face and on an odd size."
+    torchvision = pytest.importorskip('torchvision')
+    torch.manual_seed(0)
+    ours, theirs = ResNet50().eval(), torchvision.models.resnet50().eval()
+    state = {key: 1 + .2*torch.rand(value.shape) if 'running_var' in key else value + .1*torch.randn(value.shape)
+             if value.is_floating_point() and value.ndim == 1 else value for key, value in theirs.state_dict().items()}
+    for net in (ours, theirs): net.load_state_dict(state, strict=True)
+    for shape in ((2, 3, 112, 224), (1, 3, 65, 97)):
+        images = torch.randn(shape, generator=seeded())
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=1e-4)
+
+
+def test_resnet50_starts_as_torchvisions():
+    "Deviation of the initial weights: sqrt(2 / fan out) in each convolution."
+    for name, part in ResNet50(15, 512, width=.5).named_modules():
+        if isinstance(part, nn.Conv2d):
+            want = (2/(part.out_channels*part.kernel_size[0]**2))**.5
+            assert abs(part.weight.std().item()/want - 1) < .1, name
+
+
+@pytest.mark.parametrize('colour', [False, True])
+@torch.no_grad()
+def test_imagenet_stem_is_folded(colour):
+    "Five equal frames give what the RGB stem gives for one: for grey ones, and with `colour` for any."
+    state = ResNet50(width=.125).state_dict()
+    net, rgb = AVSyncNet(.125, 32), ResNet50(width=.125)
+    rgb.load_state_dict(state)
+    before = {key: value.clone() for key, value in net.face_encoder.fc.state_dict().items()}
+    net.load_imagenet(state, colour)
+    image = torch.rand(1, 3 if colour else 1, 96, 96, generator=seeded()).expand(1, 3, 96, 96)
+    normal = (image - net.mean)/net.deviation if colour else image
+    stacked = normal.flip(1).repeat(1, 5, 1, 1)
+    torch.testing.assert_close(net.face_encoder.conv1(stacked), rgb.conv1(normal), atol=1e-5, rtol=1e-4)
+    loaded = net.face_encoder.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items() if not key.startswith(('fc.', 'conv1.')))
+    assert all(torch.equal(loaded[f'fc.{key}'], value) for key, value in before.items())
+
+
+def test_imagenet_of_another_network_is_refused():
+    net = AVSyncNet(.125, 32)
+    for state in ({}, AVSyncNet(.125, 32).face_encoder.state_dict()):
+        with pytest.raises(InputError, match="torchvision's resnet50"): net.load_imagenet(state)
+
+
+@torch.no_grad()
+def test_avsyncnet_sees_what_the_plain_path_gives():
+    "uint8 crops by indexing, scaling and normalising in NumPy order against the differentiable path."
+    net = AVSyncNet(.125, 32).eval()
+    faces = torch.randint(256, (6, 3, 224, 224), generator=seeded(), dtype=torch.uint8)
+    mean, deviation = torch.tensor([.485, .456, .406]), torch.tensor([.229, .224, .225])
+    frames = [((f.permute(1, 2, 0)/255 - mean)/deviation)[112:, :, [2, 1, 0]] for f in faces]
+    windows = torch.stack([torch.cat(frames[i:i + 5], -1).permute(2, 0, 1) for i in range(2)])
+    torch.testing.assert_close(net.raw_video(faces[None].float()/255)[0], net.encode_faces(windows), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('size', [96, 160, 300])
+@torch.no_grad()
+def test_crops_are_resized_as_cv2_does(size):
+    "Bilinear, pixel centres at halves; larger crops are averaged first and are only close."
+    cv2 = pytest.importorskip('cv2')
+    smooth = cv2.GaussianBlur(torch.rand(size, size, 3, generator=seeded()).numpy(), (0, 0), size/30)
+    want = torch.from_numpy(cv2.resize(smooth, (224, 224), interpolation=cv2.INTER_LINEAR))
+    faces = torch.from_numpy(smooth).permute(2, 0, 1).expand(1, 5, 3, size, size)
+    got = SyncNetV2(.125, 32).frames(faces)[0, :, 2]
+    torch.testing.assert_close(got, 255*want.permute(2, 0, 1).flip(0), atol=.01 if size < 224 else .6, rtol=0)
+    window = AVSyncNet(.125, 32, size=224)
+    got = (window.video_windows(faces)[0, 0, 6:9].flip(0)*window.deviation + window.mean)
+    torch.testing.assert_close(got, want.permute(2, 0, 1)[:, 112:], atol=1e-4 if size < 224 else 3e-3, rtol=0)
+
+
+def test_input_paths_pass_gradcheck():
+    "From the pixels of a small crop through resize, colour order, range, windows and network, in double precision."
+    torch.manual_seed(0)
+    for net in (AVSyncNet(.125, 4, size=32), SyncNetV2(.05, 4)):
+        net = frozen(net.double())
+        faces = torch.rand(1, 6, 3, 12, 12, dtype=torch.double, generator=seeded()).requires_grad_()
+        assert torch.autograd.gradcheck(net.raw_video, faces, fast_mode=True, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('make', [lambda: ResNetSE34L(16, .5), lambda: ResNetSE34V2(16, .25, mels=40)])
+@torch.no_grad()
+def test_resnetse34_does_not_see_the_gain(make):
+    "`power=True` takes log and instance norm: a louder recording gives the same embedding; without it, levels count."
+    net, power = make().eval(), torch.rand(2, 40, 60, generator=seeded()) + 1
+    torch.testing.assert_close(net(50*power, power=True), net(power, power=True), atol=1e-4, rtol=1e-3)
+    assert (net(power) - net(power + 1)).abs().max() > 1e-3
+
+
+# ---- SyncNetV2
+
+def test_v2_loads_a_file_without_counters():
+    "PyTorch of 2017 wrote no num_batches_tracked."
+    state = {k: v for k, v in SyncNetV2(.125, 32).state_dict().items() if not k.endswith('num_batches_tracked')}
+    SyncNetV2(.125, 32).load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize('frames', [6, 7, 29])
+@torch.no_grad()
+def test_v2_scores_as_many_positions_as_the_published_script(frames):
+    net = SyncNetV2(.05, 8).eval()
+    wav = torch.randn(640*frames, generator=seeded())*.1
+    v, a = embed_clip(net, torch.zeros(frames, 3, 8, 8, dtype=torch.uint8), wav)
+    assert v.shape == a.shape == (frames - 5, 8) and net.tail == 1
+    assert net.raw_video(torch.zeros(1, frames, 3, 8, 8)).shape == (1, frames - 4, 8)
+
+
+def test_v2_windows_of_sound():
+    "Frame f has columns 4f..4f+19 of the cepstra of the 16-bit samples."
+    net, wav = SyncNetV2(.125, 32), torch.randn(1, 640*9, generator=seeded())*.1
+    features = net.audio_features(wav)
+    assert features.shape == (1, 13, 4*9 - 1)
+    torch.testing.assert_close(features[0], torch.from_numpy(mfcc(wav[0].numpy())).float())
+    for f, window in enumerate(net.audio_windows(features)[0]): assert torch.equal(window[0], features[0, :, 4*f:4*f + 20])
+    samples = (wav*32768).round().clamp(-32768, 32767).to(torch.int16)
+    assert torch.equal(net.audio_features(samples), features)
+
+
+@torch.no_grad()
+def test_v2_dense_every_and_single_agree():
+    torch.manual_seed(0)
+    net = SyncNetV2(.125, 32).eval()
+    faces = torch.rand(2, 9, 3, 224, 224, generator=seeded())
+    dense = net.raw_video(faces)
+    bgr = (faces*255).flip(2)
+    single = torch.stack([net.encode_faces(bgr[:, i:i + 5].transpose(1, 2)) for i in range(5)], 1)
+    torch.testing.assert_close(dense, single, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(net.raw_video(faces, every=2), dense[:, ::2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(net.embed_video(faces), unit_length(dense))
+
+
+@pytest.mark.parametrize('faces', [torch.zeros(1, 4, 3, 9, 9), torch.zeros(5, 3, 9, 9), torch.zeros(1, 5, 1, 9, 9)])
+def test_bad_faces_of_the_larger_experts(faces):
+    for net in (SyncNetV2(.05, 8), AVSyncNet(.125, 8, size=32)):
+        with pytest.raises(InputError): net.embed_video(faces)
 
 
 # ---- along a clip
