@@ -21,7 +21,7 @@ from ..layers import scaled, to_unit
 # %% ../../nbs/03_experts/04_avhubert.ipynb #3ae79479
 BASE = dict(dim=768, layers=12, heads=12, ffn=3072)
 LARGE = dict(dim=1024, layers=24, heads=16, ffn=4096)
-TINY = dict(dim=128, layers=4, heads=4, ffn=512, conv_pos=32, front_width=.25, clusters=100)  # trains on one CPU core
+TINY = dict(dim=128, layers=4, heads=4, ffn=512, conv_pos=32, front_width=.25, prelu=False, clusters=100)  # for one CPU core
 
 # %% ../../nbs/03_experts/04_avhubert.ipynb #c57b1882
 def _frame_stacks(video: Tensor,          # (B, 1, T, H, W)
@@ -316,8 +316,9 @@ def mouth_input(faces: Tensor,                    # (B, T, 3, H, W) RGB in [0, 1
                 size: int = 88,                   # side of the result, px
                 aspect: float = CROP_ASPECT,      # 1 for crops that are not squeezed
                 reference: Tensor | None = None,  # (5, 2) stable points of another mean face
+                shrink: int = 1,                  # mean of shrink x shrink px; our crops hold no more detail than at 2
                 normalise: bool = True
-               ) -> Tensor:                       # (B, 1, T, size, size)
+               ) -> Tensor:                       # (B, 1, T, size/shrink, size/shrink)
     "Aligned grey mouths of face crops, differentiable in the faces."
     if faces.ndim != 5 or faces.shape[2] != 3: raise InputError(f"expected faces (B, T, 3, H, W), got {tuple(faces.shape)}")
     if landmarks is not None and landmarks.shape != (*faces.shape[:2], 68, 2):
@@ -327,16 +328,17 @@ def mouth_input(faces: Tensor,                    # (B, T, 3, H, W) RGB in [0, 1
     faces = to_unit(faces)
     grey = (faces*torch.tensor(GREY, dtype=faces.dtype, device=faces.device).view(3, 1, 1)).sum(2, keepdim=True)
     warp = mouth_warp(_anchors(landmarks, faces.shape[-2:], faces.shape[:2], faces.device), aspect, reference=reference)
-    mouths = _sample(grey.flatten(0, 1), warp.flatten(0, 1), size, (96 - size)//2)
+    mouths = F.avg_pool2d(_sample(grey.flatten(0, 1), warp.flatten(0, 1), size, (96 - size)//2), shrink)
     mouths = mouths.unflatten(0, faces.shape[:2]).transpose(1, 2)
     return (mouths - MOUTH_MEAN)/MOUTH_STD if normalise else mouths
 
 def stored_mouths(mouths: Tensor,  # (B, T, 96, 96) uint8 grey, the `mouths` of a prepared clip
-                  size: int = 88
-                 ) -> Tensor:      # (B, 1, T, size, size)
+                  size: int = 88, shrink: int = 1
+                 ) -> Tensor:      # (B, 1, T, size/shrink, size/shrink)
     "The same input from mouths that were cut out of the full frame when the clip was prepared."
     margin = (mouths.shape[-1] - size)//2
-    return ((to_unit(mouths)[..., margin:margin + size, margin:margin + size] - MOUTH_MEAN)/MOUTH_STD)[:, None]
+    inner = F.avg_pool2d(to_unit(mouths)[..., margin:margin + size, margin:margin + size], shrink)
+    return ((inner - MOUTH_MEAN)/MOUTH_STD)[:, None]
 
 # %% ../../nbs/03_experts/04_avhubert.ipynb #966b5ed3
 def _filters() -> Tensor:
@@ -373,18 +375,21 @@ class AVHubertExpert(SyncExpert):
     def __init__(self, net: dict | None = None,         # arguments of `AVHubert`, e.g. TINY; None: BASE
                  layer: int | None = None,              # take the features of this layer, from 1; None: the last, normalised
                  phones: list[str] | tuple = (),        # symbols of the lip-reading head; none: no head
+                 shrink: int = 1,                       # 2: mouths of 44 px, four times as fast, not for published weights
                  aspect: float = CROP_ASPECT,           # see `mouth_input`
                  reference: list | None = None):        # (5, 2) stable points of another mean face, px of 256 x 256
         super().__init__()
         net = dict(BASE if net is None else net)
-        self.config = dict(name='avhubert', net=net, layer=layer, phones=list(phones), aspect=aspect, reference=reference)
+        self.config = dict(name='avhubert', net=net, layer=layer, phones=list(phones), shrink=shrink, aspect=aspect,
+                           reference=reference)
         self.net, self.layer, self.phones = AVHubert(**net), layer, tuple(phones)
-        self.aspect, self.reference = aspect, reference
+        self.shrink, self.aspect, self.reference = shrink, aspect, reference
         self.head = nn.Linear(self.net.encoder.layer_norm.normalized_shape[0], len(phones) + 1) if phones else None
 
-    def video_features(self, faces: Tensor, landmarks: Tensor | None = None) -> Tensor:  # (B, 1, T, 88, 88)
+    def video_features(self, faces: Tensor, landmarks: Tensor | None = None) -> Tensor:
+        "Faces (B, T, 3, H, W) and landmarks to the mouths (B, 1, T, 88, 88) that the network sees."
         reference = None if self.reference is None else torch.tensor(self.reference)
-        return mouth_input(faces, landmarks, aspect=self.aspect, reference=reference)
+        return mouth_input(faces, landmarks, aspect=self.aspect, reference=reference, shrink=self.shrink)
 
     def audio_features(self, wav: Tensor) -> Tensor: return filterbank_rows(wav)         # (B, S) -> (B, T, 104)
 
