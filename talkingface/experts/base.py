@@ -29,6 +29,7 @@ class SyncExpert(nn.Module):
     positive: bool = False   # True if the cosine cannot be negative
     aligned: bool = False    # True if it aligns the face by its landmarks
     tail: int = 0            # positions at the end of a clip that have a picture but no whole window of sound
+    raw_lse: bool = False    # True if LSE is defined on its embeddings as they are, before unit length (syncnet_v2)
     stored: str = 'wav'      # the sound of a prepared clip that `embed_stored` hands over: 'wav', or 'mel' as ready features
     config: dict             # `name` and constructor arguments: `build_expert(config)` gives the same network
 
@@ -147,16 +148,16 @@ def frozen(expert: nn.Module) -> nn.Module:
     return expert.eval().requires_grad_(False)
 
 # %% ../../nbs/03_experts/00_base.ipynb #a96f2e25
-def _embed_faces(expert: SyncExpert, faces: Tensor, landmarks: Tensor | None, every: int, tensor) -> Tensor:
+def _embed_faces(expert: SyncExpert, faces: Tensor, landmarks: Tensor | None, every: int, tensor, raw: bool) -> Tensor:
     "(N, D) of a clip; experts with a `chunk` in pieces of that many positions, the others at once."
     chunk = getattr(expert, 'chunk', None)
     if chunk is None:
         where = (tensor(landmarks),) if expert.aligned and landmarks is not None else ()
         return expert.embed_video(to_unit(tensor(faces)), *where)[0, ::every]
     sparse = dict(every=every) if isinstance(expert, WindowExpert) else {}
-    span, pieces = chunk*every, []
+    span, pieces, embed = chunk*every, [], expert.raw_video if raw else expert.embed_video
     for start in range(0, max(len(faces) - expert.window + 1, 1), span):
-        v = expert.embed_video(to_unit(tensor(faces[start:start + span + expert.window - 1])), **sparse)[0]
+        v = embed(to_unit(tensor(faces[start:start + span + expert.window - 1])), **sparse)[0]
         pieces.append(v if sparse else v[::every])
     return torch.cat(pieces)
 
@@ -165,15 +166,18 @@ def embed_clip(expert: SyncExpert,
                faces: Tensor,                   # (T, 3, H, W) uint8, or float in [0, 1]; NumPy arrays are taken too
                audio: Tensor,                   # (S,) wav at 16 kHz, or the expert's features without the batch axis
                landmarks: Tensor | None = None, # (T, 68, 2) px of the crop, for experts that are `aligned`
-               every: int = 1                   # keep positions 0, every, 2 every, ... and compute no others if possible
+               every: int = 1,                  # keep positions 0, every, 2 every, ... and compute no others if possible
+               raw: bool = False                # of a windowed expert: before they are brought to unit length, for LSE
               ) -> tuple[Tensor, Tensor]:       # video and audio embeddings (N, D) on the expert's device
     "Both embeddings of one clip, cut to the positions that both have."
+    if raw and not isinstance(expert, WindowExpert): raise InputError(f"{type(expert).__name__} has unit-length embeddings only")
     device, mode = _device(expert), expert.training
     tensor = lambda x: (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))).to(device)[None]
     expert.eval()
-    v = _embed_faces(expert, faces, landmarks, every, tensor)
+    v = _embed_faces(expert, faces, landmarks, every, tensor, raw)
     features = expert.audio_features(tensor(audio)) if audio.ndim == 1 else tensor(audio)
-    a = expert.embed_audio(features, every)[0] if isinstance(expert, WindowExpert) else expert.embed_audio(features)[0, ::every]
+    hear = expert.raw_audio if raw else expert.embed_audio
+    a = hear(features, every)[0] if isinstance(expert, WindowExpert) else hear(features)[0, ::every]
     expert.train(mode)
     count = min(len(v), len(a))
     return v[:count], a[:count]

@@ -92,7 +92,7 @@ def lip_column(width: float = 1.) -> nn.Sequential:
     for channels, frames, kernel, stride, padding, pool in LIP_LAYERS:
         cout = scaled(channels, width)
         parts += [nn.Conv3d(cin, cout, (frames, kernel, kernel), (1, stride, stride), (0, padding, padding)),
-                  nn.BatchNorm3d(cout), nn.ReLU()]
+                  nn.BatchNorm3d(cout), nn.ReLU(inplace=True)]
         if pool is not None: parts.append(nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, pool, pool)))
         cin = cout
     return nn.Sequential(*parts)
@@ -102,7 +102,7 @@ def sound_column(width: float = 1.) -> nn.Sequential:
     parts, cin = [], 1
     for channels, kernel, padding, pool in SOUND_LAYERS:
         cout = scaled(channels, width)
-        parts += [nn.Conv2d(cin, cout, kernel, padding=padding), nn.BatchNorm2d(cout), nn.ReLU()]
+        parts += [nn.Conv2d(cin, cout, kernel, padding=padding), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
         if pool is not None: parts.append(nn.MaxPool2d(*pool))
         cin = cout
     return nn.Sequential(*parts)
@@ -115,7 +115,7 @@ def head(channels: int, dim: int) -> nn.Sequential:
 class SyncNetV2(WindowExpert):
     "Chung and Zisserman's SyncNet; at width 1 it loads the published `syncnet_v2.model`. LSE uses `raw_video` and `raw_audio`."
     size, chunk, stored = 224, 16, 'wav'
-    tail = 1                               # positions at the end of a clip whose sound window reaches over its end
+    tail, raw_lse = 1, True                # the last position has no whole sound window; LSE takes embeddings as they are
 
     def __init__(self, width: float = 1.,  # multiplies the channel counts of the columns
                  dim: int = 1024):         # length of an embedding
