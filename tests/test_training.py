@@ -22,7 +22,9 @@ from torch.utils.data import Dataset
 from talkingface.core import CheckpointError, ParamsError, TalkingFaceError
 from talkingface.experts.checkpoints import build_expert
 from talkingface.generators.base import build_generator
-from talkingface.training.experts import ExpertParams, SyncObjective, train_expert
+from talkingface.data.clips import SyncBatches
+from talkingface.training.experts import (Augmentation, ExpertParams, SyncObjective, bce_step, infonce, infonce_step, parted,
+                                          phase_schedule, phase_warnings, prepared, train_expert)
 from talkingface.training.generators import GeneratorParams, GeneratorTraining, Row, train_generator
 from talkingface.training.loop import (Callback, EarlyStop, PlateauWarning, Validate, checkpoints, finish_run, fit, make_fabric,
                                        warmup_cosine)
@@ -237,17 +239,65 @@ def assert_same_run(a, b):
     for name in ('model.safetensors', 'log.csv'): assert (a/name).read_bytes() == (b/name).read_bytes(), name
 
 
-@pytest.mark.parametrize('loss', ['infonce', 'bce'])
-def test_expert_resumes_bit_for_bit(tmp_path, toys, monkeypatch, loss):
-    net = {'name': 'light_syncnet', 'width': 8, 'dim': 16, 'relu': loss == 'bce'}
-    params = lambda every: ExpertParams(net=net, loss=loss, steps=10, batch=16, per_clip=4, warmup=3, plateau_after=8,
-                                        log_every=2, checkpoint_every=every)
+@pytest.mark.parametrize('loss, accumulate', [('infonce', 1), ('bce', 1), ('infonce+bce', 1), ('infonce+bce', 4)])
+def test_expert_resumes_bit_for_bit(tmp_path, toys, monkeypatch, loss, accumulate):
+    "Broken at two places; the second run goes on from step 6, where the phase changes."
+    net = {'name': 'light_syncnet', 'width': 8, 'dim': 16, 'relu': 'bce' in loss}
+    params = lambda every: ExpertParams(net=net, loss=loss, steps=10, bce_steps=4 * ('+' in loss), batch=16, per_clip=4, warmup=3,
+                                        plateau_after=8, log_every=2, checkpoint_every=every, accumulate=accumulate,
+                                        augmentation=Augmentation(rotation=5., colour=.1, gain=6.))
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'after 8 steps')
         metrics = train_expert(toys, params(200), tmp_path/'whole')
         deaths = interrupted(monkeypatch, SyncObjective, 'forward', 1, 5, 8)
         assert run_to_end(lambda: train_expert(toys, params(3), tmp_path/'broken'), deaths) == metrics
     assert_same_run(tmp_path/'whole', tmp_path/'broken')
+
+
+def objective_and_batch(loss='infonce', seed=0, **options):
+    "A small net, its settings and a prepared batch of 16 toy windows."
+    params = ExpertParams(net={'name': 'light_syncnet', 'width': 8, 'dim': 16, 'relu': True}, loss=loss, batch=16, per_clip=4, **options)
+    torch.manual_seed(seed)
+    batch = SyncBatches(ToyStore(map(toy_clip, range(6))), batch=16, per_clip=4)[0]
+    return SyncObjective(build_expert(params.net), params), params, prepared(batch, params, 0)
+
+
+def expert_gradient(fabric, model, batch, parts, step=infonce_step):
+    model.zero_grad(); logs = step(fabric, model, parted(batch, parts), 0)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), logs['loss'].item()
+
+
+@pytest.mark.parametrize('loss, step', [('infonce', infonce_step), ('bce', bce_step)])
+@pytest.mark.parametrize('parts', [2, 4])
+def test_accumulated_gradient_is_that_of_the_batch(loss, step, parts):
+    fabric = make_fabric(threads=1); objective, _, batch = objective_and_batch(loss); objective.double().eval()
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    model = fabric.setup_module(objective)
+    (whole, a), (in_parts, b) = expert_gradient(fabric, model, batch, 1, step), expert_gradient(fabric, model, batch, parts, step)
+    assert a == pytest.approx(b, rel=1e-6) and (whole - in_parts).abs().max() < 1e-5 * whole.abs().max()
+
+
+def test_accumulation_is_plain_infonce_and_counts_each_part_once():
+    "The gradient is autograd's own; batch norm counts a part once although it is computed twice."
+    fabric = make_fabric(threads=1); objective, params, batch = objective_and_batch(); objective.eval()
+    model = fabric.setup_module(objective); found, _ = expert_gradient(fabric, model, batch, 4)
+    objective.zero_grad(); infonce(*objective(batch, 0))['loss'].backward()
+    direct = torch.cat([p.grad.flatten() for p in objective.parameters()])
+    assert (found - direct).abs().max() < 1e-4 * direct.abs().max()
+    objective.train(); expert_gradient(fabric, model, batch, 4)
+    counts = {int(b) for name, b in objective.named_buffers() if name.endswith('num_batches_tracked')}
+    assert counts == {4}
+
+
+def test_each_phase_has_its_plateau_and_its_rates():
+    params = ExpertParams(net={'name': 'syncnet', 'width': .125}, loss='infonce+bce', steps=400, bce_steps=100, warmup=10, plateau_after=80)
+    first, second = phase_warnings(params, processes=2)
+    assert first.after == 80 and list(first.levels) == [pytest.approx(np.log(128))]
+    assert second.after == 380 and list(second.levels) == [pytest.approx(np.log(2))]
+    factor = phase_schedule(params)
+    assert factor(299, 400) < .03 and factor(300, 400) == .1 and factor(310, 400) == 1. and factor(399, 400) < .03
+    with pytest.raises(ParamsError, match='set net.relu: true'):
+        SyncObjective(build_expert({'name': 'light_syncnet', 'width': 8}), params)
 
 
 @pytest.mark.parametrize('ema', [0., .9])
@@ -368,6 +418,28 @@ def test_training_imports_with_torch_numpy_and_lightning_alone():
         import talkingface.training.loop, talkingface.training.experts, talkingface.training.generators
         """)
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_negatives_of_all_processes(tmp_path):
+    "Two processes with half of a batch each have the InfoNCE gradient of the whole batch, also in parts."
+    script = tmp_path/'run.py'
+    script.write_text(textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import torch, test_training as t
+        fabric = t.make_fabric(threads=1)
+        objective, params, batch = t.objective_and_batch(); objective.eval()
+        alone = t.infonce(*objective(batch, 0))['loss']; alone.backward()
+        whole = torch.cat([p.grad.flatten() for p in objective.parameters()])
+        model = fabric.setup_module(objective); half = t.parted(batch, 2)[fabric.global_rank]
+        for parts in (1, 4):
+            found, loss = t.expert_gradient(fabric, model, half, parts)
+            assert abs(loss - alone.item()) < 1e-5 and (found - whole).abs().max() < 1e-4 * whole.abs().max(), parts
+        both = t.ExpertParams(net=params.net, loss='infonce+bce', steps=4, bce_steps=2, batch=8, per_clip=4, accumulate=2, warmup=1)
+        t.train_expert(t.ToyStore(map(t.toy_clip, range(6))), both, {str(tmp_path/'run')!r}, fabric)
+        """))
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script)],
+                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+    assert json.loads((tmp_path/'run/meta.json').read_text())['processes'] == 2
 
 
 def test_two_processes(tmp_path):
