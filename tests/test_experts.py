@@ -205,6 +205,21 @@ def test_resnetse34_does_not_see_the_gain(make):
     assert (net(power) - net(power + 1)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize('audio', ['L', 'V2'])
+def test_avsyncnet_learns(audio):
+    "Both encoders follow: one batch is told apart within a few steps."
+    torch.manual_seed(0)
+    net = AVSyncNet(.125, 32, audio, size=32).train()
+    faces, mel = torch.rand(8, 5, 3, 32, 32, generator=seeded()), torch.randn(8, 80, 16, generator=seeded())
+    optimiser, course = torch.optim.Adam(net.parameters(), 3e-3), []
+    for _ in range(25):
+        v, a = net(faces, mel)
+        loss = nn.functional.cross_entropy(10*v[:, 0] @ a[:, 0].T, torch.arange(8))
+        optimiser.zero_grad(); loss.backward(); optimiser.step(); course.append(loss.item())
+    assert course[-1] < .5*course[0]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
 # ---- SyncNetV2
 
 def test_v2_loads_a_file_without_counters():

@@ -5,9 +5,11 @@ import torch
 
 from goldens import FOLDER, compare, det_array, det_state, load_golden, load_manifest
 from talkingface.experts.avsyncnet import ResNetSE34L, ResNetSE34V2
-from talkingface.experts.base import face_windows
+from talkingface.data.audio import mfcc
+from talkingface.experts.base import embed_clip, face_windows
 from talkingface.experts.syncnet import SyncNet, SyncNetV2
 from talkingface.losses.adversarial import QualityDiscriminator
+from talkingface.metrics.sync import lse, lse_distances
 from talkingface.weights import load_published
 
 torch.set_num_threads(1)
@@ -200,6 +202,26 @@ def test_syncnet_v2_formula():
         x = batch_norm(state, f'netcnnaud.{i + 1}', x).relu()
         if pool: x = torch.max_pool2d(x, *pool)
     torch.testing.assert_close(net.raw_audio(cepstra)[0], head(state, 'netfcaud', x), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_lse_of_a_clip_step_by_step():
+    "From BGR uint8 frames and 16-bit samples as the published script goes, window by window, against `embed_clip` and `lse`."
+    net, draw, frames = load_like(SyncNetV2(), 'syncnet_python_S'), torch.Generator().manual_seed(0), 9
+    bgr = torch.randint(256, (frames, 224, 224, 3), generator=draw, dtype=torch.uint8)
+    samples = (torch.randn(640*frames, generator=draw)*3000).to(torch.int16)
+    cepstra, volume = torch.from_numpy(mfcc(samples.numpy())).float(), bgr.float().permute(3, 0, 1, 2)
+    last = min(frames, len(samples)//640) - 5
+    lips = torch.stack([net.netfclip(net.netcnnlip(volume[None, :, f:f + 5]).flatten(1))[0] for f in range(last)])
+    sound = torch.stack([net.netfcaud(net.netcnnaud(cepstra[None, None, :, 4*f:4*f + 20]).flatten(1))[0] for f in range(last)])
+    padded = torch.cat([torch.zeros(15, 1024), sound, torch.zeros(15, 1024)])
+    table = torch.stack([torch.pairwise_distance(lips[i].expand(31, -1), padded[i:i + 31]) for i in range(last)])
+    mean = table.mean(0)
+    net.chunk = 3                                                       # as in long clips
+    got = lse(lse_distances(*embed_clip(net, bgr.flip(-1).permute(0, 3, 1, 2), samples, raw=True)))
+    assert got.distance == pytest.approx(mean.min().item(), rel=1e-5)
+    assert got.confidence == pytest.approx((mean.median() - mean.min()).item(), rel=1e-3)
+    assert got.offset == 15 - mean.argmin().item()
 
 
 @torch.no_grad()
