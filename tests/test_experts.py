@@ -190,7 +190,7 @@ def test_crops_are_resized_as_cv2_does(size):
 def test_input_paths_pass_gradcheck():
     "From the pixels of a small crop through resize, colour order, range, windows and network, in double precision."
     torch.manual_seed(0)
-    for net in (AVSyncNet(.125, 4, size=32), SyncNetV2(.05, 4)):
+    for net in (SyncNet(.125), LightSyncNet(8, 4), AVSyncNet(.125, 4, size=32), AVSyncNet(.125, 4), SyncNetV2(.05, 4)):
         net = frozen(net.double())
         faces = torch.rand(1, 6, 3, 12, 12, dtype=torch.double, generator=seeded()).requires_grad_()
         assert torch.autograd.gradcheck(net.raw_video, faces, fast_mode=True, atol=1e-4, rtol=1e-3)
@@ -454,7 +454,7 @@ class Wall:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in {blocked!r}: raise ImportError(f'{{name}} was imported')
 sys.meta_path.insert(0, Wall())
-import talkingface.experts.syncnet, talkingface.experts.landmarks, talkingface.losses.sync
+import talkingface.experts.syncnet, talkingface.experts.avsyncnet, talkingface.experts.landmarks, talkingface.losses.sync
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
