@@ -49,6 +49,23 @@ def _prepare(args) -> int:
     print(f"{used['used']} of {used['given']} clips used; {Path(args.out)/'prepare.csv'} says why the others were not")
     return 0 if used['used'] else 1
 
+# %% ../nbs/13_cli.ipynb #9af1be05
+def _doctor(args) -> int:
+    from talkingface.doctor import Limits, doctor
+    tracker = _tracker('face-alignment', args.device) if args.tracker == 'face-alignment' else None
+    report = doctor(args.corpus, args.expert, args.limit, tracker, args.device, Limits(any_rate=args.any_rate))
+    if args.json: report.save(args.json)
+    print(report.text)
+    return 0 if report.fit else 1
+
+def _weights(args) -> int:
+    from talkingface.experts.checkpoints import convert_weights, weights_text
+    if args.action == 'convert':
+        if not args.file or not args.out: raise InputError("weights convert: expected a FILE to read and --out FOLDER to write, e.g. "
+                                                           "talkingface weights convert lipsync_expert.pth --out weights/syncnet")
+        print(f'{convert_weights(args.file, args.out)}: model.safetensors and meta.json'); return 0
+    print(weights_text(args.folder)); return 0
+
 # %% ../nbs/13_cli.ipynb #c8a291be
 def _train(args) -> int:
     from talkingface.data.clips import ClipStore
@@ -138,6 +155,11 @@ def _data_commands(add) -> None:
     p = add('prepare', _prepare, 'turn a corpus or a folder of videos into a clip store'); p.add_argument('--corpus', required=True, help='folder')
     p.add_argument('--out', required=True); p.add_argument('--size', type=int, default=96, help='side of the face crops, px')
     p.add_argument('--boxes', choices=['boxes', 'boxes_jittered'], default='boxes'); _common(p, 'device', 'workers', 'tracker')
+    p = add('doctor', _doctor, 'say whether a corpus is fit for training: rates, lengths, faces, silence, splits, sync; status 1 if it is not')
+    p.add_argument('corpus', help='folder of videos, or of a prepared store')
+    p.add_argument('--expert', help='finds the offset between lips and sound: folder of a trained expert, a name with published weights, or loudness')
+    p.add_argument('--limit', type=int, default=200, help='clips to look at, evenly spread (0: all)'); p.add_argument('--json', help='write everything here')
+    p.add_argument('--any-rate', action='store_true', help='frame rates other than 25 are only a warning'); _common(p, 'device', 'tracker')
 
 # %% ../nbs/13_cli.ipynb #b395ba1c
 def _model_commands(add) -> None:
@@ -156,6 +178,12 @@ def _model_commands(add) -> None:
     _common(p, 'device', 'seed', 'profile')
 
 # %% ../nbs/13_cli.ipynb #86eaa9ae
+def _weight_commands(add) -> None:
+    p = add('weights', _weights, 'list every known weights file and whether it is there, or convert one to safetensors')
+    p.add_argument('action', nargs='?', choices=['list', 'convert'], default='list'); p.add_argument('file', nargs='?', help='convert: the published file')
+    p.add_argument('--out', help='convert: folder for model.safetensors and meta.json')
+    p.add_argument('--folder', help='list: where to look (default: TALKINGFACE_WEIGHTS, or the folder of torch.hub)')
+
 def _pipeline_commands(add) -> None:
     p = add('repro', _repro, 'bring every table and figure up to date, independent stages side by side')
     p.add_argument('--profile', nargs='+', help='build these profiles (sets the line `run:` of params.yaml)'); p.add_argument('--jobs', type=int, help='stages at a time')
@@ -172,7 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def add(name, function, text):
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.'); sub.set_defaults(function=function); return sub
-    _data_commands(add); _model_commands(add); _pipeline_commands(add)
+    _data_commands(add); _model_commands(add); _weight_commands(add); _pipeline_commands(add)
     return parser
 
 # %% ../nbs/13_cli.ipynb #902b7831
