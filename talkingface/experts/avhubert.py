@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BASE', 'LARGE', 'TINY', 'STABLE', 'ANCHORS', 'STANDARD_BOX', 'CROP_ASPECT', 'GREY', 'MOUTH_MEAN', 'MOUTH_STD',
            'ResidualBlock', 'LipResNet', 'PositionConv', 'SelfAttention', 'EncoderLayer', 'TransformerEncoder',
-           'AVHubert', 'mouth_warp', 'mouth_input', 'stored_mouths', 'filterbank_rows', 'AVHubertExpert']
+           'Streams', 'ClusterPrediction', 'AVHubert', 'mouth_warp', 'mouth_input', 'stored_mouths', 'filterbank_rows',
+           'AVHubertExpert', 'plain_encoder', 'plain_features']
 
 # %% ../../nbs/03_experts/04_avhubert.ipynb #cb0059ea
 import math
@@ -85,18 +86,13 @@ class PositionConv(nn.Module):
         self.weight_g = nn.Parameter(v.norm(dim=(0, 1), keepdim=True))
         self.weight_v = nn.Parameter(v)
         self.bias = nn.Parameter(torch.zeros(dim))
-        self.groups, self._ready = groups, None
+        self.groups = groups
 
     @property
     def weight(self) -> Tensor:
-        "(dim, dim/groups, kernel); kept between calls while no gradient is asked for and the parameters do not change."
-        g, v = self.weight_g, self.weight_v
-        fresh = lambda: v*(g/v.float().norm(dim=(0, 1), keepdim=True).to(v.dtype))
-        learning = torch.is_grad_enabled() and (g.requires_grad or v.requires_grad)
-        if learning or g.is_inference() or v.is_inference(): return fresh()
-        now = (g.data_ptr(), g._version, v.data_ptr(), v._version, v.dtype, v.device)
-        if self._ready is None or self._ready[0] != now: self._ready = now, fresh().detach()
-        return self._ready[1]
+        "(dim, dim/groups, kernel)"
+        length = self.weight_v.float().flatten(0, 1).square().sum(0).sqrt().to(self.weight_v.dtype)
+        return self.weight_v*(self.weight_g/length)
 
     def forward(self, x: Tensor  # (B, D, T)
                ) -> Tensor:
@@ -168,7 +164,64 @@ class TransformerEncoder(nn.Module):
         return self.layer_norm(x) if self.norm_first and layer is None else x
 
 # %% ../../nbs/03_experts/04_avhubert.ipynb #156d917a
-class AVHubert(nn.Module):
+class Streams(nn.Module):
+    "Lips and sound, projected and joined."
+    def __init__(self, dim: int, front_width: float, prelu: bool, audio_dim: int, fuse: str, input_dropout: float,
+                 modality_dropout: float, audio_dropout: float):
+        super().__init__()
+        if fuse not in ('concat', 'add'): raise InputError(f"fuse: expected 'concat' or 'add', got {fuse!r}")
+        resnet, wide = LipResNet(front_width, prelu), 2*dim if fuse == 'concat' else dim
+        self.feature_extractor_audio = nn.ModuleDict({'proj': nn.Linear(audio_dim, dim)})
+        self.feature_extractor_video = nn.ModuleDict({'resnet': resnet, 'proj': nn.Linear(resnet.channels, dim)})
+        self.post_extract_proj = nn.Linear(wide, dim) if fuse == 'concat' else None
+        self.layer_norm, self.how, self.drop_input = nn.LayerNorm(wide), fuse, nn.Dropout(input_dropout)
+        self.modality_dropout, self.audio_dropout = modality_dropout, audio_dropout
+
+    def fuse(self, audio: Tensor | None,    # (B, T, 104), None: missing
+             video: Tensor | None,          # (B, 1, T, 88, 88), None: missing
+             drop: Tensor | None = None     # (B,) int: 0 keep both, 1 without audio, 2 without video
+            ) -> Tensor:                    # (B, T, D), the input of the transformer
+        "Both streams side by side at the width of the transformer; a missing one is zero after its projection."
+        _check_streams(audio, video)
+        lips = self.feature_extractor_video
+        a = None if audio is None else self.feature_extractor_audio['proj'](audio)
+        v = None if video is None else lips['proj'](lips['resnet'](video))
+        a, v = torch.zeros_like(v) if a is None else a, torch.zeros_like(a) if v is None else v
+        if drop is not None: a, v = a*(drop != 1).view(-1, 1, 1), v*(drop != 2).view(-1, 1, 1)
+        x = self.layer_norm(torch.cat([a, v], -1) if self.how == 'concat' else a + v)
+        return self.drop_input(x if self.post_extract_proj is None else self.post_extract_proj(x))
+
+    def draw_drop(self, clips: int, generator: torch.Generator | None = None) -> Tensor:  # (clips,) for `fuse`
+        "Which clips lose which stream, drawn on the CPU."
+        some, which = torch.rand(2, clips, generator=generator)
+        return torch.where(some < self.modality_dropout, torch.where(which < self.audio_dropout, 1, 2), 0)
+
+def _check_streams(audio: Tensor | None, video: Tensor | None) -> None:
+    if audio is None and video is None: raise InputError("expected audio, video or both, got neither")
+    if audio is not None and audio.ndim != 3: raise InputError(f"expected audio rows (B, T, 104), got {tuple(audio.shape)}")
+    if video is not None and (video.ndim != 5 or video.shape[1] != 1):
+        raise InputError(f"expected grey mouths (B, 1, T, 88, 88), got {tuple(video.shape)}")
+    if audio is not None and video is not None and (audio.shape[:2] != (video.shape[0], video.shape[2])):
+        raise InputError(f"expected as many audio rows as frames, got (B, T) {tuple(audio.shape[:2])} "
+                         f"and {(video.shape[0], video.shape[2])}")
+
+# %% ../../nbs/03_experts/04_avhubert.ipynb #e3f0bad9
+class ClusterPrediction(nn.Module):
+    "What pre-training needs on top of the features."
+    def logits(self, x: Tensor  # (..., D) features
+              ) -> Tensor:      # (..., clusters)
+        "Cosine with every cluster embedding, divided by 0.1."
+        if self.final_proj is None or self.label_embs_concat is None:
+            raise InputError("this AV-HuBERT predicts no clusters (a fine-tuned file?); build it with predict=True and clusters")
+        return F.normalize(self.final_proj(x).float(), dim=-1) @ F.normalize(self.label_embs_concat.float(), dim=-1).T/.1
+
+    def mask_audio(self, audio: Tensor,  # (B, T, 104)
+                   mask: Tensor          # (B, T) bool, True: hide
+                  ) -> Tensor:
+        "Audio rows with the hidden ones replaced by `mask_emb`."
+        return torch.where(mask[..., None], self.mask_emb.to(audio.dtype), audio)
+
+class AVHubert(Streams, ClusterPrediction):
     "Audio-visual HuBERT with the parameter names of the published files."
     def __init__(self, dim: int = 768, layers: int = 12, heads: int = 12, ffn: int = 3072,
                  clusters: int = 2004,          # rows of the cluster embeddings; 0: none
@@ -181,75 +234,27 @@ class AVHubert(nn.Module):
                  layerdrop: float = 0., input_dropout: float = 0.,
                  modality_dropout: float = 0.,  # chance that a clip loses a stream in pre-training
                  audio_dropout: float = .5):    # chance that it is the audio then
-        super().__init__()
-        if fuse not in ('concat', 'add'): raise InputError(f"fuse: expected 'concat' or 'add', got {fuse!r}")
-        self.feature_extractor_audio = nn.ModuleDict({'proj': nn.Linear(audio_dim, dim)})
-        resnet = LipResNet(front_width, prelu)
-        self.feature_extractor_video = nn.ModuleDict({'resnet': resnet, 'proj': nn.Linear(resnet.channels, dim)})
-        self.post_extract_proj = nn.Linear(2*dim, dim) if fuse == 'concat' else None
-        self.layer_norm = nn.LayerNorm(2*dim if fuse == 'concat' else dim)
+        super().__init__(dim, front_width, prelu, audio_dim, fuse, input_dropout, modality_dropout, audio_dropout)
         self.encoder = TransformerEncoder(dim, layers, heads, ffn, conv_pos, conv_pos_groups, norm_first, dropout,
                                           attention_dropout, activation_dropout, layerdrop)
         self.mask_emb = nn.Parameter(torch.rand(audio_dim))
         self.label_embs_concat = nn.Parameter(torch.randn(clusters, final_dim)) if clusters else None
         self.final_proj = nn.Linear(dim, final_dim) if predict else None
-        self.how, self.drop_input = fuse, nn.Dropout(input_dropout)
-        self.modality_dropout, self.audio_dropout = modality_dropout, audio_dropout
-
-    def fuse(self, audio: Tensor | None,    # (B, T, 104), None: missing
-             video: Tensor | None,          # (B, 1, T, 88, 88), None: missing
-             drop: Tensor | None = None     # (B,) int: 0 keep both, 1 without audio, 2 without video
-            ) -> Tensor:                    # (B, T, D), the input of the transformer
-        "Both streams side by side at the width of the transformer; a missing one is zero after its projection."
-        a, v = _projected(self, audio, video)
-        if drop is not None: a, v = a*(drop != 1).view(-1, 1, 1), v*(drop != 2).view(-1, 1, 1)
-        x = self.layer_norm(torch.cat([a, v], -1) if self.how == 'concat' else a + v)
-        return self.drop_input(x if self.post_extract_proj is None else self.post_extract_proj(x))
 
     def encode(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
         "The transformer alone: (B, T, D) to (B, T, D)."
         return self.encoder(x, padding_mask, layer)
 
-    def features(self, audio: Tensor | None = None, video: Tensor | None = None,
-                 padding_mask: Tensor | None = None,  # (B, T) bool, True where padded
-                 layer: int | None = None             # from 1; None: the last with the final norm
-                ) -> Tensor:                          # (B, T, D)
+    def forward(self, audio: Tensor | None = None,           # (B, T, 104) rows; None: missing
+                video: Tensor | None = None,                 # (B, 1, T, 88, 88); None: missing
+                padding_mask: Tensor | None = None,          # (B, T) bool, True where padded
+                layer: int | None = None,                    # from 1; None: the last with the final norm
+                drop: Tensor | None = None                   # modality dropout, see `fuse`
+               ) -> Tensor:                                  # (B, T, D)
         "Features of every frame from the streams that are given."
-        return self.encode(self.fuse(audio, video), padding_mask, layer)
+        return self.encode(self.fuse(audio, video, drop), padding_mask, layer)
 
-    def forward(self, audio: Tensor | None = None, video: Tensor | None = None, padding_mask: Tensor | None = None,
-                drop: Tensor | None = None) -> Tensor:
-        "Features with modality dropout by `drop`: one call for data-parallel training."
-        return self.encode(self.fuse(audio, video, drop), padding_mask)
-
-    def logits(self, x: Tensor  # (..., D) features
-              ) -> Tensor:      # (..., clusters)
-        "Cosine with every cluster embedding, divided by 0.1."
-        return F.normalize(self.final_proj(x).float(), dim=-1) @ F.normalize(self.label_embs_concat.float(), dim=-1).T/.1
-
-    def mask_audio(self, audio: Tensor, mask: Tensor  # (B, T) bool, True: hide
-                  ) -> Tensor:
-        "Hidden rows of the audio input replaced by `mask_emb`."
-        return torch.where(mask[..., None], self.mask_emb.to(audio.dtype), audio)
-
-    def draw_drop(self, clips: int, generator: torch.Generator | None = None) -> Tensor:  # (clips,) for `fuse`
-        "Which clips lose which stream, drawn on the CPU."
-        some, which = torch.rand(2, clips, generator=generator)
-        return torch.where(some < self.modality_dropout, torch.where(which < self.audio_dropout, 1, 2), 0)
-
-# %% ../../nbs/03_experts/04_avhubert.ipynb #8efb5afb
-def _projected(net: AVHubert, audio: Tensor | None, video: Tensor | None) -> tuple[Tensor, Tensor]:
-    "Both streams at the width of the transformer (B, T, D); zeros for the missing one."
-    if audio is None and video is None: raise InputError("expected audio, video or both, got neither")
-    if audio is not None and audio.ndim != 3: raise InputError(f"expected audio rows (B, T, 104), got {tuple(audio.shape)}")
-    if video is not None and (video.ndim != 5 or video.shape[1] != 1):
-        raise InputError(f"expected grey mouths (B, 1, T, 88, 88), got {tuple(video.shape)}")
-    a = None if audio is None else net.feature_extractor_audio['proj'](audio)
-    lips = net.feature_extractor_video
-    v = None if video is None else lips['proj'](lips['resnet'](video))
-    a, v = torch.zeros_like(v) if a is None else a, torch.zeros_like(a) if v is None else v
-    if a.shape != v.shape: raise InputError(f"expected as many audio rows as frames, got {a.shape[1]} and {v.shape[1]}")
-    return a, v
+    features = forward
 
 # %% ../../nbs/03_experts/04_avhubert.ipynb #821047ad
 STABLE = (33, 36, 39, 42, 45)                               # base of the nose, corners of the eyes
@@ -413,3 +418,48 @@ class AVHubertExpert(SyncExpert):
         "Lip reading (or hearing): logits for CTC."
         if self.head is None: raise InputError("this AV-HuBERT has no lip-reading head; build it with phones=[...]")
         return self.head(self.net.features(audio, video, padding_mask))
+
+# %% ../../nbs/03_experts/04_avhubert.ipynb #b6a4ede5
+def _plain_attention(attn: SelfAttention, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    q, k, v = (proj(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    scores = q @ k.transpose(-1, -2)/math.sqrt(q.shape[-1])
+    if padding_mask is not None: scores = scores.masked_fill(padding_mask[:, None, None], -torch.inf)
+    return attn.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+def plain_encoder(encoder: TransformerEncoder,
+                  x: Tensor,                           # (B, T, D)
+                  padding_mask: Tensor | None = None,  # (B, T) bool, True where padded
+                  layer: int | None = None             # as in `TransformerEncoder`
+                 ) -> Tensor:                          # (B, T, D)
+    "What `encoder` computes in evaluation mode, layer by layer with explicit softmax attention."
+    if padding_mask is not None: x = x.masked_fill(padding_mask[..., None], 0.)
+    conv = encoder.pos_conv[0]
+    weight = conv.weight_v*conv.weight_g/conv.weight_v.norm(dim=(0, 1), keepdim=True)
+    y = F.conv1d(x.transpose(1, 2), weight, conv.bias, padding=weight.shape[-1]//2, groups=conv.groups)
+    x = x + F.gelu(y[..., :x.shape[1]]).transpose(1, 2)
+    if not encoder.norm_first: x = encoder.layer_norm(x)
+    for block in encoder.layers[:layer]:
+        first, second = block.self_attn_layer_norm, block.final_layer_norm
+        if encoder.norm_first:
+            x = x + _plain_attention(block.self_attn, first(x), padding_mask)
+            x = x + block.fc2(F.gelu(block.fc1(second(x))))
+        else:
+            x = first(x + _plain_attention(block.self_attn, x, padding_mask))
+            x = second(x + block.fc2(F.gelu(block.fc1(x))))
+    return encoder.layer_norm(x) if encoder.norm_first and layer is None else x
+
+def plain_features(net: AVHubert, audio: Tensor | None = None, video: Tensor | None = None,
+                   padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
+    "What `net.features` computes in evaluation mode, the lips by a 3D convolution over the whole clip."
+    lips, a, v = net.feature_extractor_video, None, None
+    if audio is not None: a = net.feature_extractor_audio['proj'](audio)
+    if video is not None:
+        stem, norm, act, _ = lips['resnet'].frontend3D
+        x = F.conv3d(video, stem.weight, stride=(1, 2, 2), padding=(2, 3, 3))
+        x = act(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps))
+        x = F.max_pool3d(x, (1, 3, 3), (1, 2, 2), (0, 1, 1)).transpose(1, 2)
+        v = lips['proj'](lips['resnet'].trunk(x.flatten(0, 1)).mean((2, 3))).unflatten(0, x.shape[:2])
+    a, v = torch.zeros_like(v) if a is None else a, torch.zeros_like(a) if v is None else v
+    x = net.layer_norm(torch.cat([a, v], -1) if net.how == 'concat' else a + v)
+    if net.post_extract_proj is not None: x = net.post_extract_proj(x)
+    return plain_encoder(net.encoder, x, padding_mask, layer)
