@@ -303,18 +303,21 @@ def mouth_warp(anchors: Tensor,            # (B, T, 6, 2) px of the crop
     back = torch.cat([back, -back @ (shift - centre + size//2)[..., None]], -1)
     return back/torch.tensor([aspect, 1.], dtype=torch.float64, device=back.device)[:, None]
 
-def _sample(images: Tensor,    # (K, 1, H, W)
-            warp: Tensor,      # (K, 2, 3)
-            size: int, margin: int
-           ) -> Tensor:        # (K, 1, size, size)
-    "Bilinear samples at warp @ (column, row, 1); where that shrinks the image, the mean of several per pixel."
-    fine = max(1, math.ceil(warp.detach()[..., :2].norm(dim=-2).max().item() - 1e-3))
-    at = (torch.arange(size*fine, dtype=torch.float64, device=warp.device) + .5)/fine - .5 + margin
-    x = warp[:, :, 0, None, None]*at + warp[:, :, 1, None, None]*at[:, None] + warp[:, :, 2, None, None]   # (K, 2, S, S)
-    limit = torch.tensor([images.shape[-1] - 1., images.shape[-2] - 1.], dtype=torch.float64, device=warp.device)
-    grid = (2*x.movedim(1, -1)/limit - 1).to(images.dtype)
-    out = F.grid_sample(images, grid, padding_mode='border', align_corners=True)
-    return F.avg_pool2d(out, fine) if fine > 1 else out
+def _mouths(faces: Tensor,     # (K, 3, H, W) float in [0, 1], or uint8
+            warp: Tensor,      # (K, 2, 3) from mouth pixel to crop pixel
+            size: int, margin: int, shrink: int
+           ) -> Tensor:        # (K, 1, size/shrink, size/shrink)
+    "Bilinear samples of the grey faces; where the warp shrinks them, the mean of several per pixel."
+    faces = to_unit(faces)
+    grey = (faces*torch.tensor(GREY, dtype=faces.dtype, device=faces.device).view(3, 1, 1)).sum(1, keepdim=True)
+    fine = max(1, math.ceil(warp[..., :2].norm(dim=-2).max().item() - 1e-3))
+    height, width = grey.shape[-2:]
+    scale = 2/torch.tensor([width - 1., height - 1.], dtype=warp.dtype, device=warp.device)[:, None]
+    turn, middle = warp[..., :2]*size/2, warp[..., :2].sum(-1, keepdim=True)*((size - 1)/2 + margin) + warp[..., 2:]
+    theta = torch.cat([turn*scale, middle*scale - 1], -1).to(grey.dtype)            # [-1, 1] to [-1, 1]
+    grid = F.affine_grid(theta, (len(grey), 1, size*fine, size*fine), align_corners=False)
+    out = F.grid_sample(grey, grid, padding_mode='border', align_corners=True)
+    return F.avg_pool2d(out, fine*shrink) if fine*shrink > 1 else out
 
 def mouth_input(faces: Tensor,                    # (B, T, 3, H, W) RGB in [0, 1], or uint8
                 landmarks: Tensor | None = None,  # (B, T, 68, 2) px of the crop; None: a standard crop
@@ -330,10 +333,9 @@ def mouth_input(faces: Tensor,                    # (B, T, 3, H, W) RGB in [0, 1
         raise InputError(f"expected landmarks {(*faces.shape[:2], 68, 2)} for these faces, got {tuple(landmarks.shape)}")
     if landmarks is not None and not torch.isfinite(landmarks).all():
         raise InputError("landmarks hold NaN; fill the frames without a face first (fill_tracks)")
-    faces = to_unit(faces)
-    grey = (faces*torch.tensor(GREY, dtype=faces.dtype, device=faces.device).view(3, 1, 1)).sum(2, keepdim=True)
     warp = mouth_warp(_anchors(landmarks, faces.shape[-2:], faces.shape[:2], faces.device), aspect, reference=reference)
-    mouths = F.avg_pool2d(_sample(grey.flatten(0, 1), warp.flatten(0, 1), size, (96 - size)//2), shrink)
+    pieces = zip(faces.flatten(0, 1).split(256), warp.flatten(0, 1).split(256))     # bounds the memory of long clips
+    mouths = torch.cat([_mouths(face, to, size, (96 - size)//2, shrink) for face, to in pieces])
     mouths = mouths.unflatten(0, faces.shape[:2]).transpose(1, 2)
     return (mouths - MOUTH_MEAN)/MOUTH_STD if normalise else mouths
 
