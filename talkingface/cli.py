@@ -59,12 +59,19 @@ def _doctor(args) -> int:
     return 0 if report.fit else 1
 
 def _weights(args) -> int:
-    from talkingface.experts.checkpoints import convert_weights, weights_text
+    from talkingface.experts.checkpoints import convert_weights, weights_table
     if args.action == 'convert':
-        if not args.file or not args.out: raise InputError("weights convert: expected a FILE to read and --out FOLDER to write, e.g. "
-                                                           "talkingface weights convert lipsync_expert.pth --out weights/syncnet")
+        if not args.file or not args.out:
+            raise InputError("weights convert: expected FILE and --out FOLDER, e.g. weights convert lipsync_expert.pth --out weights/syncnet")
         print(f'{convert_weights(args.file, args.out)}: model.safetensors and meta.json'); return 0
-    print(weights_text(args.folder)); return 0
+    rows = weights_table(args.folder); here = sum(row['present'] for row in rows)
+    print(f"{here} of {len(rows)} known files in {rows[0]['folder']}; put others there, or point TALKINGFACE_WEIGHTS to their folder")
+    for row in rows:
+        size = f"{row['bytes']/1e6:.0f} MB, sha256 {row['sha256']}" if row['present'] else f"absent, {row['megabytes'] or '<1'} MB"
+        print(f"\n{row['name']}: {size}\n    {row['expert']}: {row['what']}\n    licence: {row['licence']}\n    from: {row['source']}")
+    return 0
+
+
 
 # %% ../nbs/13_cli.ipynb #c8a291be
 def _train(args) -> int:
@@ -75,8 +82,8 @@ def _train(args) -> int:
     if args.what == 'expert': print(experts.train_expert(store, typed(experts.ExpertParams, values), args.out, on_change=change))
     elif args.what == 'landmarker': print(experts.train_landmarker(store, typed(experts.LandmarkParams, values), args.out, on_change=change))
     else:
-        from talkingface.experts.syncnet import build_expert
-        from talkingface.training.loop import load_model
+        from talkingface.experts.checkpoints import build_expert
+        from talkingface.weights import load_model
         row = typed(generators.Row, _yaml(args.row)); expert = load_model(args.expert, build_expert, args.device) if args.expert else None
         print(generators.train_generator(store, row, typed(generators.GeneratorParams, values), args.out, expert, on_change=change))
     return 0
@@ -84,7 +91,7 @@ def _train(args) -> int:
 def _generate(args) -> int:
     from talkingface.dubbing import dub
     from talkingface.generators.base import build_generator
-    from talkingface.training.loop import load_model
+    from talkingface.weights import load_model
     print(dub(args.video, args.audio, load_model(args.generator, build_generator, args.device), _tracker(args.tracker, args.device),
               args.out, args.reference, args.seed))
     return 0

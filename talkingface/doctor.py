@@ -364,7 +364,8 @@ def open_expert(expert,               # a SyncExpert, a folder of a trained one,
     if not meta.is_file():
         raise InputError(f"no expert in {expert}: expected a folder with meta.json (a trained expert), one of {', '.join(EXPERTS)} "
                          "(published weights, see talkingface weights), or loudness. make repro trains runs/demo/experts/syncnet")
-    name = read_json(meta)['config']['name']
+    name = (read_json(meta).get('config') or {}).get('name')
+    if name not in EXPERTS: raise InputError(f"{expert} holds {name or 'a part of a network'}, not an expert ({', '.join(EXPERTS)})")
     return load_expert(name, Path(expert), device=device), f'{name} ({expert})'
 
 def _tracker(records: list[Record], device: str):

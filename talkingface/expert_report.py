@@ -81,8 +81,16 @@ EXPERT_INFOS = {info.name: describe(info) for info in (
     MetricInfo('offset_25', 'Within ±1', 'share', (0., 1.), True, ('expert', 'audio'), 'share of segments of 25 positions whose offset is found '
                'within one frame', _ACCURACY),
     MetricInfo('below_half', 'True < 0.5', 'share', (0., 1.), False, ('expert', 'audio'), 'share of true pairs with a cosine below 0.5', _ACCURACY),
-    MetricInfo('agreement', 'Agreement', 'share', (0., 1.), True, ('expert', 'audio'), 'share of positions whose own sound has a higher cosine with '
-               'the lips than the sound 5 frames away', 'training.avhubert'))}
+    MetricInfo('agreement', 'Agreement', 'share', (0., 1.), True, ('expert', 'audio'), 'share of frames whose own sound has a higher cosine '
+               'with the lips than the sound 5 frames away', 'training.avhubert, crossmodal_agreement'),
+    *(MetricInfo(f'per_{stream}', f'PER {stream}', '', (0., np.inf), False, ('expert',), f'phoneme error rate of the {what}: edit distance over '
+                 'phonemes said', 'training.avhubert, phoneme_error_rate')
+      for stream, what in (('video', 'lips alone'), ('audio', 'sound alone'), ('joint', 'lips and sound'))))}
+
+def _flat(found: dict) -> dict:
+    "Measures of one split under the names of EXPERT_INFOS; what crossmodal_agreement calls `all` is the agreement."
+    errors = found.get('phoneme_error') or {}
+    return {**found, 'agreement': found.get('all'), **{f'per_{stream}': errors.get(stream) for stream in ('video', 'audio', 'joint')}}
 
 def expert_lines(measures: dict,      # {expert: {split: measures}}
                  speeds: dict,        # {expert: of `expert_speed`}
@@ -91,7 +99,7 @@ def expert_lines(measures: dict,      # {expert: {split: measures}}
     "The table of experts; an absent measure is NaN."
     import pandas as pd
     number = lambda x: float(x) if isinstance(x, (int, float)) else np.nan
-    lines = [dict(set=split, method=name, **{k: number({**speeds.get(name, {}), **found[split]}.get(k)) for k in EXPERT_INFOS})
+    lines = [dict(set=split, method=name, **{k: number({**speeds.get(name, {}), **_flat(found[split])}.get(k)) for k in EXPERT_INFOS})
              for split in sets for name, found in measures.items() if split in found]
     if not lines: raise InputError(f"no expert was measured on {', '.join(sets)}; train with a store that has these splits")
     table = pd.DataFrame(lines)
@@ -122,16 +130,15 @@ def draw_offset_curves(measures: dict,          # {expert: {split: measures with
 
 # %% ../nbs/11_expert_report.ipynb #08a4a9d0
 def draw_losses(logs: dict,              # {title: DataFrame step, loss}
-                plateaus: dict | None = None,  # {title: loss at which nothing is known}
-                columns: int = 3
+                plateaus: dict | None = None  # {title: loss at which nothing is known}
                ) -> tuple:               # figure, DataFrame training, step, loss
     "Training losses in small multiples, smoothed over a fiftieth of the run."
     import pandas as pd
     if not logs: raise InputError("draw_losses needs at least one log")
     data = pd.concat([log[['step', 'loss']].assign(training=name) for name, log in logs.items()], ignore_index=True)
-    columns = min(columns, len(logs)); rows = -(-len(logs)//columns)
+    rows = -(-len(logs)//4); columns = -(-len(logs)//rows)
     with plotting() as plt:
-        fig, axes = plt.subplots(rows, columns, figsize=(2.4*columns, 1.9*rows), layout='constrained', squeeze=False); plt.close(fig)
+        fig, axes = plt.subplots(rows, columns, figsize=(max(7.4, 1.3 + 1.9*columns) if columns > 1 else 4, 1.9*rows + .3), layout='constrained', squeeze=False); plt.close(fig)
         for ax, (name, log) in zip(axes.flat, logs.items()):
             smooth = log['loss'].rolling(max(1, len(log)//50), min_periods=1).mean()
             ax.plot(log['step'], log['loss'], color=palette(1)[0], lw=.6, alpha=.35, ls='-')

@@ -27,7 +27,7 @@ def told(capsys, *argv) -> str:
 
 
 def test_help_of_every_command(capsys):
-    for command in ('corpus', 'prepare', 'train', 'generate', 'evaluate', 'repro', 'stage', 'real', 'bench'):
+    for command in ('corpus', 'prepare', 'doctor', 'train', 'generate', 'evaluate', 'weights', 'repro', 'stage', 'real', 'bench'):
         with pytest.raises(SystemExit) as stop: main([command, '--help'])
         assert stop.value.code == 0 and 'usage' in capsys.readouterr().out
 
@@ -108,3 +108,30 @@ def test_a_truncated_video_and_a_damaged_store(capsys, folder):
     assert 'cut' in (folder/'store'/'prepare.csv').read_text()
     (folder/'store'/'store.json').write_text('{')
     assert 'store.json' in told(capsys, 'evaluate', '--store', folder/'store', '--out', folder/'rows.csv')
+
+
+def test_known_weights_are_listed(capsys, tmp_path):
+    "Every known file with what it is for, its licence, where it belongs, and its hash if it is there."
+    (tmp_path/'syncnet_v2.model').write_bytes(b'x')
+    assert main(['weights', '--folder', str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f'in {tmp_path}' in shown and 'TALKINGFACE_WEIGHTS' in shown and '1 of ' in shown
+    for name in ('lipsync_expert.pth', 'base_vox_iter5.pt', 's3fd-619a316812.pth'): assert f'{name}: absent' in shown
+    assert 'sha256 2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881' in shown     # of the letter x
+    assert 'non-commercial' in shown and 'licence' in shown and 'from: ' in shown
+
+
+def test_weights_are_converted(capsys, tmp_path):
+    "A published layout becomes safetensors and meta.json; a file that is none is refused."
+    import torch
+    from talkingface.core import read_json
+    from talkingface.experts.checkpoints import build_expert, load_expert
+    torch.save({'state_dict': build_expert({'name': 'syncnet'}).state_dict()}, tmp_path/'lipsync_expert.pth')
+    assert main(['weights', 'convert', str(tmp_path/'lipsync_expert.pth'), '--out', str(tmp_path/'syncnet')]) == 0
+    meta = read_json(tmp_path/'syncnet'/'meta.json')
+    assert meta['config']['name'] == 'syncnet' and 'non-commercial' in meta['licence'] and len(meta['sha256']) == 64
+    assert load_expert('syncnet', tmp_path/'syncnet').config['width'] == 1
+    capsys.readouterr()
+    assert '--out FOLDER' in told(capsys, 'weights', 'convert', tmp_path/'lipsync_expert.pth')
+    (tmp_path/'text.pth').write_text('not weights')
+    assert 'text.pth' in told(capsys, 'weights', 'convert', tmp_path/'text.pth', '--out', tmp_path/'out')
