@@ -104,14 +104,14 @@ class SyncScorer:
     def embed(self, faces,              # (T,3,H,W) uint8, or float in [0,1]
               wav                       # (640 T,) float32
              ) -> tuple[torch.Tensor, torch.Tensor]:   # (n,D) lips, (n,D) audio
-        "Embeddings of lips and audio at every position of a clip."
+        "Embeddings of lips and audio at every position of a clip; as they are, not of unit length, where LSE is defined so."
         (frames, span), window = as_frames(faces), self.expert.window
         wav = as_tensor(wav).float()
         if len(frames) < window: raise InputError(f"clip has {len(frames)} frames, the expert needs {window}")
         if len(wav) != SAMPLES_PER_FRAME * len(frames):
             raise InputError(f"audio has {len(wav)} samples, {len(frames)} frames need {SAMPLES_PER_FRAME * len(frames)}; fit "
                              f"it with data.audio.fit_length")
-        video, audio = embed_clip(self.expert, frames if span == 255 else frames.float(), wav)
+        video, audio = embed_clip(self.expert, frames if span == 255 else frames.float(), wav, raw=self.expert.raw_lse)
         return video.float().cpu(), audio.float().cpu()
 
     def __call__(self, faces, wav) -> LSE:
