@@ -51,7 +51,7 @@ class LipResNet(nn.Module):
     "Grey mouths (B, 1, T, 88, 88) to (B, T, 512 width); `piece` bounds the frames that are in memory at once."
     def __init__(self, width: float = 1.,   # multiplies 64, 128, 256, 512 channels
                  prelu: bool = True,
-                 piece: int = 256):         # frames per pass in evaluation mode
+                 piece: int = 64):          # frames per pass in evaluation mode; small pieces stay in the cache
         super().__init__()
         sizes, self.piece = [scaled(c, width) for c in (64, 64, 128, 256, 512)], piece
         self.channels = sizes[-1]
