@@ -70,9 +70,11 @@ class ExpertParams(Runtime):
         if self.batch % self.per_clip:
             raise ParamsError(f"batch: expected a multiple of per_clip={self.per_clip}, got {self.batch}")
         if self.accumulate < 1 or self.batch % self.accumulate or self.batch // self.accumulate % 2:
-            raise ParamsError(f"accumulate: expected parts of an even number of windows, got {self.accumulate} of a batch of {self.batch}")
+            raise ParamsError(f"accumulate: expected parts of an even number of windows, got {self.accumulate} parts of "
+                              f"{self.batch} windows")
         if self.loss == 'infonce+bce' and not 0 < self.bce_steps < self.steps:
-            raise ParamsError(f"bce_steps: expected 1..{self.steps - 1} of {self.steps} steps with loss infonce+bce, got {self.bce_steps}")
+            raise ParamsError(f"bce_steps: expected 1..{self.steps - 1} of {self.steps} steps with loss infonce+bce, "
+                              f"got {self.bce_steps}")
 
     @property
     def change(self) -> int:
@@ -156,7 +158,7 @@ def cosine_bce(cosine: Tensor,  # (B,) in [0, 1]
 
 # %% ../../nbs/06_training/01_experts.ipynb #8f8603df
 class SyncObjective(nn.Module):
-    "An expert and the factor of its cosines: a prepared batch in, embeddings out. The one forward that data-parallel training wraps."
+    "An expert and the factor of its cosines; the one forward that data-parallel training wraps."
     def __init__(self, expert: SyncExpert, params: ExpertParams):
         super().__init__()
         self.expert, self.params = expert, params
@@ -165,7 +167,9 @@ class SyncObjective(nn.Module):
             raise ParamsError(f"loss: {params.loss!r} takes the logarithm of the cosine, which {expert.config['name']} can make "
                               "negative; set net.relu: true, or loss: infonce")
 
-    def forward(self, batch: dict, step: int) -> tuple[Tensor, Tensor, Tensor]:   # (B, D), (B, D), ()
+    def forward(self, batch: dict,   # as `prepared` makes it
+                step: int            # decides the phase
+               ) -> tuple[Tensor, Tensor, Tensor]:   # video and audio (B, D) of unit length, factor ()
         heard = 'mel' if self.params.phase(step) == 'infonce' else 'heard'
         v, a = self.expert.embed_video(batch['faces'])[:, 0], self.expert.embed_audio(batch[heard])[:, 0]
         return v, a, self.log_scale.exp().clamp(max=60.)
@@ -234,7 +238,7 @@ def speech_positions(clip, window: int = 5, below: float = 40.) -> np.ndarray:
     return power > max(power.max() * 10 ** (-below / 10), 1e-6)
 
 def pair_shares(scores: np.ndarray, distances, signed: bool = False) -> np.ndarray:
-    "For each i the share of sounds at one of `distances` (with `signed`, of j - i) that score below its own; NaN where there is none."
+    "For each i the share of sounds at one of `distances` (of j - i if `signed`) that score below its own; NaN without any."
     gap = -np.subtract.outer(np.arange(len(scores)), np.arange(len(scores)))
     use = np.isin(gap if signed else np.abs(gap), distances); own = np.diag(scores)[:, None]
     with np.errstate(invalid='ignore'):
@@ -302,7 +306,8 @@ def expert_accuracy(expert: SyncExpert,
               'offset_25': mean(near), 'offset_25_speech': mean(near[pool['offset_speech'] >= .5]),
               'offset_error': mean(np.abs(pool['offset'])),
               'positive': mean(pool['positive']), 'negative': mean(pool['negative']), 'below_half': mean(pool['positive'] < .5),
-              'curve': each(pool['at'], CURVE), 'pair_at': each(pool['signed'], SIGNED), 'response': each(pool['response'], SIGNED),
+              'curve': each(pool['at'], CURVE), 'pair_at': each(pool['signed'], SIGNED),
+              'response': each(pool['response'], SIGNED),
               'threshold': best_threshold(pool['positive'], pool['negative']) if threshold is None else threshold,
               'clips': len(rows), 'positions': len(speech), 'segments': len(near)}
     if threshold is not None:
@@ -341,9 +346,11 @@ def phase_warnings(params: ExpertParams, processes: int = 1) -> tuple[PlateauWar
 
 def phase_schedule(params: ExpertParams) -> Callable:   # (step, steps) -> factor
     "In each phase a linear rise, then half a cosine; a function of the step alone."
-    first = warmup_cosine(params.warmup); last = warmup_cosine(min(params.warmup, max(1, (params.steps - params.change) // 10)))
-    whole = first if params.loss == 'bce' else last
-    return lambda step, steps: first(step, params.change) if step < params.change else whole(step - params.change, steps - params.change)
+    count = params.steps - params.change; first = warmup_cosine(params.warmup)
+    second = warmup_cosine(min(params.warmup, max(1, count // 10))) if params.change else first
+    def factor(step, steps):
+        return first(step, params.change) if step < params.change else second(step - params.change, count)
+    return factor
 
 def matrices_decay(module: nn.Module, decay: float) -> list[dict]:
     "Parameter groups for an optimiser: weight decay for matrices and filters, none for biases, norms and the scale."
@@ -418,7 +425,8 @@ class LandmarkBatches(Dataset):
     def __init__(self, store, batch: int = 64, seed: int = 0):
         self.store, self.batch, self.seed = store, batch, seed
         if len(store) and store[0].faces.shape[-1] != 96:
-            raise InputError(f"the mouth landmarker learns from 96 px crops, the store has {store[0].faces.shape[-1]} px; prepare with size 96")
+            raise InputError(f"the mouth landmarker learns from 96 px crops, the store has {store[0].faces.shape[-1]} px; "
+                             "prepare with size 96")
         self.valid = [np.flatnonzero(store[i].valid) for i in range(len(store))]
         self.clips = np.array([i for i, v in enumerate(self.valid) if len(v)])
         if not len(self.clips):
@@ -468,10 +476,11 @@ def landmark_errors(landmarker: nn.Module, store, split: str | None = None,
     if not found: raise InputError(f"expected clips with valid landmarks to measure on, got {len(clips)} clips with none")
     error = lambda a, b: float(np.mean([np.linalg.norm(x - y, axis=-1).mean() for x, y in zip(a, b)]))
     p, q = zip(*found); centre = lambda x: x - x.mean(1, keepdims=True)
+    alike = lambda a, b: np.corrcoef(a, b)[0, 1] if a.std() > 1e-6 else 0.
     moving = [(mouth_opening(a), mouth_opening(b)) for a, b in found if mouth_opening(b).std() > .1]
     return {'error': error(p, q), 'centred': error(map(centre, p), map(centre, q)),
             'opening_error': float(np.mean([np.abs(mouth_opening(a) - mouth_opening(b)).mean() for a, b in found])),
-            'opening_correlation': float(np.mean([np.corrcoef(a, b)[0, 1] if a.std() > 1e-6 else 0. for a, b in moving])) if moving else None,
+            'opening_correlation': float(np.mean([alike(a, b) for a, b in moving])) if moving else None,
             'clips': len(found)}
 
 # %% ../../nbs/06_training/01_experts.ipynb #c62fca93
@@ -488,7 +497,8 @@ def train_landmarker(store, params: LandmarkParams, out: str | Path, fabric=None
     def step(k, batch):
         generator = step_generator(params.seed, 'augment', k)
         moves = draw_moves(len(batch['faces']), params.augmentation, generator)
-        faces = relight(move(batch['faces'], *moves), params.augmentation.brightness, generator, colour=params.augmentation.colour)
+        how = params.augmentation; moved = move(batch['faces'], *moves)
+        faces = relight(moved, how.brightness, generator, colour=how.colour)
         error = model(soften(faces, params.blur, params.noise, generator)) - move_points(batch['points'], *moves)
         loss = error.abs().mean()
         optimizer.zero_grad(); fabric.backward(loss); optimizer.step()
