@@ -400,23 +400,18 @@ class AVHubertExpert(SyncExpert):
 
     def audio_features(self, wav: Tensor) -> Tensor: return filterbank_rows(wav)         # (B, S) -> (B, T, 104)
 
-    def embed_video(self, faces: Tensor,                    # (B, T, 3, H, W) RGB in [0, 1]
-                    landmarks: Tensor | None = None         # (B, T, 68, 2) px of the crop
-                   ) -> Tensor:                             # (B, T, D)
+    def embed_video(self, faces: Tensor, landmarks: Tensor | None = None) -> Tensor:    # (B, T, D)
         return unit_length(self.net.features(video=self.video_features(faces, landmarks), layer=self.layer))
 
-    def embed_audio(self, features: Tensor  # (B, T, 104)
-                   ) -> Tensor:             # (B, T, D)
+    def embed_audio(self, features: Tensor) -> Tensor:                                  # (B, T, 104) -> (B, T, D)
         return unit_length(self.net.features(audio=features, layer=self.layer))
 
     def embed_joint(self, faces: Tensor, features: Tensor, landmarks: Tensor | None = None) -> Tensor:  # (B, T, D)
         "Embeddings of the pass over lips and sound together."
         return unit_length(self.net.features(features, self.video_features(faces, landmarks), layer=self.layer))
 
-    def phone_logits(self, audio: Tensor | None = None,     # (B, T, 104)
-                     video: Tensor | None = None,           # (B, 1, T, 88, 88)
-                     padding_mask: Tensor | None = None
-                    ) -> Tensor:                            # (B, T, 1 + phones); 0 is the blank
+    def phone_logits(self, audio: Tensor | None = None, video: Tensor | None = None,    # as `AVHubert.features` takes them
+                     padding_mask: Tensor | None = None) -> Tensor:                     # (B, T, 1 + phones); 0 is the blank
         "Lip reading (or hearing): logits for CTC."
         if self.head is None: raise InputError("this AV-HuBERT has no lip-reading head; build it with phones=[...]")
         return self.head(self.net.features(audio, video, padding_mask))
