@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from talkingface.core import InputError
+from talkingface.experts.base import SyncExpert
 from talkingface.metrics.base import METRICS, ClipMean
 from talkingface.metrics.image import PSNR, SSIM, SSIM_SETTINGS, psnr, psnr_frames, ssim, ssim_frames
 from talkingface.metrics.lips import LipTracker, aperture_correlation, lmd
@@ -161,7 +162,7 @@ def test_every_metric_is_described():
         if cls.__module__.startswith('talkingface'): assert cls.info is METRICS[cls.info.name]
 
 
-class Brightness(torch.nn.Module):
+class Brightness(SyncExpert):
     "A stand-in for an expert: five frames of brightness against five of loudness."
     window = 5
     _unit = staticmethod(lambda x: torch.nn.functional.normalize(x.unfold(1, 5, 1) - .5, dim=-1))
