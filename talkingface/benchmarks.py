@@ -97,10 +97,10 @@ def expert_config(values: dict  # a block `experts.NAME` of a profile
     net = values['net']
     return net if 'name' in net else {'name': 'avhubert', 'net': net} | {k: values[k] for k in ('layer', 'shrink') if k in values}
 
-def bench_scoring(configs: dict[str, dict], seconds: float) -> dict[str, dict]:
-    "Parameters, multiply-adds, positions per second, and seconds for a clip of 60 seconds of each expert."
-    experts = {name: build_expert(config).eval() for name, config in configs.items()}
-    return {name: {**expert_speed(e, seconds), 'minute': scoring_seconds(e, 60.)} for name, e in experts.items()}
+def bench_scoring(config: dict, seconds: float, length: float = 60.) -> dict:
+    "Parameters, multiply-adds, positions per second, and seconds for the score of a clip of `length` seconds."
+    expert = build_expert(config).eval()
+    return {**expert_speed(expert, seconds), 'clip': scoring_seconds(expert, length)}
 
 # %% ../nbs/12_benchmarks.ipynb #5cd654b1
 def run_benchmarks(root: str | Path,        # the checkout, with a prepared store of the profile
@@ -113,7 +113,7 @@ def run_benchmarks(root: str | Path,        # the checkout, with a prepared stor
     root, params = Path(root), read_params(root); block = params_block(params, f'profiles.{profile}')
     if not (root/'runs'/profile/'store'/'store.json').is_file(): raise InputError(f"no clip store of profile {profile}; make repro PROFILE={profile} first")
     cv2.setNumThreads(1); torch.set_num_threads(1); store = ClipStore(root/'runs'/profile/'store').split('train'); lines = []
-    say = lambda what, value, unit: (lines.append(dict(what=what, value=value, unit=unit)), print(f'{what:<44} {value:10.3g} {unit}', flush=True))
+    say = lambda what, value, unit: (lines.append(dict(what=what, value=value, unit=unit)), print(f'{what:<58} {value:10.3g} {unit}', flush=True))
     for size in (160, 256): say(f'render {size}x{size}', bench_render(size, seconds), 'frames/s per core')
     say('prepare (decode, crops, mels)', bench_prepare(root/block['corpus']['root'], seconds), 'frames/s per core')
     trained = {name: v for name, v in block['experts'].items() if expert_config(v)['name'] != 'avhubert'}
@@ -130,9 +130,10 @@ def _say_scoring(say, experts: dict, seconds: float, full: bool) -> None:
     "Speed of all experts of a profile and of the published sizes, and what AV-HuBERT's kernels bring."
     configs = {f'{n} (this profile)': expert_config(v) for n, v in experts.items()}
     if full: configs |= {f'{n} (published size)': {'name': n} for n in PUBLISHED_SIZES}
-    for name, found in bench_scoring(configs, seconds).items():
-        say(f'score {name}', found['windows'], 'positions/s'); say(f'score {name}: clip of 60 s', found['minute'], 's')
-    sizes = {f'{n} (this profile)': c['net'] for n, c in zip(experts, configs.values()) if c['name'] == 'avhubert'} | ({'avhubert base': BASE} if full else {})
+    for name, config in configs.items():
+        found = bench_scoring(config, seconds)
+        say(f'score {name}', found['windows'], 'positions/s'); say(f'score {name}: clip of 60 s', found['clip'], 's')
+    sizes = {name: c.get('net', BASE) for name, c in configs.items() if c['name'] == 'avhubert'}
     for name, net in sizes.items():
         for frames in (100, 1500):
             for part, (took, ratio) in bench_avhubert(net, frames, seconds).items():
