@@ -142,7 +142,7 @@ def _real(args) -> int:
 
 def _bench(args) -> int:
     from talkingface.benchmarks import run_benchmarks
-    run_benchmarks(repository_root(), args.profile, args.seconds)
+    run_benchmarks(repository_root(), args.profile, args.seconds, not args.profile_only)
     return 0
 
 # %% ../nbs/13_cli.ipynb #58af3af5
@@ -200,6 +200,7 @@ def _pipeline_commands(add) -> None:
     p = add('real', _real, 'run the trained models on a folder of real clips with stored landmarks'); p.add_argument('--folder'); p.add_argument('--out')
     _common(p, 'device', 'profile')
     p = add('bench', _bench, 'measure speed, as ratios in one run'); p.add_argument('--seconds', type=float, default=8., help='per measurement'); _common(p, 'profile')
+    p.add_argument('--profile-only', action='store_true', help='leave out the experts at their published size, which take minutes')
 
 def build_parser() -> argparse.ArgumentParser:
     "The parser of the command line, with one sub-command for each thing that a person does."

@@ -121,7 +121,7 @@ def test_a_second_row_is_a_block(checkout):
 
 
 def test_benchmarks_run(checkout):
-    done = run(checkout, 'talkingface', 'bench', '--profile', 'smoke', '--seconds', '.05')
+    done = run(checkout, 'talkingface', 'bench', '--profile', 'smoke', '--seconds', '.05', '--profile-only')
     assert 'render 256x256' in done.stdout and 'generator light: data_wait' in done.stdout
 
 
