@@ -120,7 +120,7 @@ def run_benchmarks(root: str | Path,        # the checkout, with a prepared stor
     for name, values in trained.items(): _say_training(say, f'expert {name}', bench_expert(store, values, seconds))
     made = bench_generator(store, block['generator'], params['rows']['setup_a'], block['experts']['syncnet']['net'], seconds)
     _say_training(say, f"generator {block['generator']['net']['name']}", made)
-    _say_scoring(say, block['experts'], seconds, full)
+    _say_scoring(say, block['experts'] | {k: block[k] for k in ('avhubert',) if block.get(k)}, seconds, full)
     return pd.DataFrame(lines)
 
 def _say_training(say, name: str, found: dict) -> None:
