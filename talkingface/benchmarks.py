@@ -137,4 +137,4 @@ def _say_scoring(say, experts: dict, seconds: float, full: bool) -> None:
     for name, net in sizes.items():
         for frames in (100, 1500):
             for part, (took, ratio) in bench_avhubert(net, frames, seconds).items():
-                say(f'{name}, {part}, {frames//25} s of video', took, 's'); say(f'{name}, {part}: plain / ours', ratio, 'times')
+                say(f'{name}, {part}, {frames//25} s of video', took, 's'); say(f'{name}, {part}, {frames//25} s: plain / ours', ratio, 'times')
