@@ -64,13 +64,16 @@ class Profile:
     about: str
     device: typing.Literal['cpu', 'cuda']
     seed: int
+    seeds: int                     # trainings of each expert
     corpus: CorpusParams
     prepare: PrepareParams
     experts: dict[str, dict]
+    avhubert: dict
     landmarker: dict
     generator: dict
     generate: GenerateParams
     evaluate: EvaluateParams
+    robustness: dict
     figures: FigureParams
 
 @dataclass
@@ -78,6 +81,8 @@ class Params:
     "The whole of `params.yaml`."
     run: list[str]                 # profiles that `dvc repro` builds
     experts: dict[str, dict]
+    compared: list[str]            # experts of the robustness figures
+    reported: list[str]            # experts of their table
     rows: dict[str, dict]
     profiles: dict[str, dict]
 

@@ -11,6 +11,8 @@ from talkingface.generators.base import generator_class
 from talkingface.metrics.base import metric_info
 from talkingface.metrics.report import CLIP_SCORES
 from talkingface.pipeline import params_block, read_params, select_profiles, stage_parameters
+from talkingface.robustness import RobustnessParams
+from talkingface.training.avhubert import AVHubertParams
 from talkingface.training.experts import ExpertParams, LandmarkParams
 from talkingface.training.generators import GeneratorParams, Row
 from talkingface.losses.sync import LOSSES
@@ -24,6 +26,7 @@ def params(root): return read_params(root)
 def test_every_block_fills_its_dataclass(params, profile):
     block = params['profiles'][profile]; place = {'device': block['device'], 'seed': block['seed']}
     for name in params['experts']: typed(ExpertParams, {**place, **block['experts'][name]}, f'{profile}.experts.{name}')
+    typed(AVHubertParams, {**place, **block['avhubert']}, f'{profile}.avhubert'); typed(RobustnessParams, block['robustness'])
     typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
     typed(GeneratorParams, {**place, **{k: v for k, v in block['generator'].items() if k not in ('net', 'options')}})
     generator_class(block['generator']['net']['name'])
@@ -31,6 +34,11 @@ def test_every_block_fills_its_dataclass(params, profile):
     for name, row in params['rows'].items():
         filled = {'generator': block['generator']['net'], 'options': block['generator'].get('options', {}), **{k: v for k, v in row.items() if k != 'about'}}
         assert set(typed(Row, filled).losses) <= set(LOSSES) and (row['expert'] is None or row['expert'] in params['experts'])
+
+
+def test_the_generator_stage_waits_for_every_expert_of_its_rows(root, params):
+    deps = yaml.safe_load((root/'dvc.yaml').read_text())['stages']['train_generator']['deps']
+    assert {row['expert'] for row in params['rows'].values()} - {None} <= {d.rsplit('/', 1)[1] for d in deps if '/experts/' in d}
 
 
 @pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
