@@ -1,4 +1,4 @@
-"AV-HuBERT training: labels, masks and batches as functions of the step, resume bit for bit, agreement, phoneme errors, bad inputs."
+"AV-HuBERT training: labels, masks and batches as functions of the step, resume bit for bit, agreement, errors."
 import warnings
 from dataclasses import replace
 
@@ -7,20 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import talkingface.training.avhubert as training
 from talkingface.core import CheckpointError, InputError, ParamsError, rng, typed
 from talkingface.data.clips import Clip
 from talkingface.data.speech import ARTICULATION
 from talkingface.experts.avhubert import AVHubertExpert
-from talkingface.experts.checkpoints import build_expert, load_expert
-from talkingface.training.avhubert import (PHONES, VISEME, AVHubertParams, ClusterBatches, ClusterObjective, Finetune, Inputs, Iteration,
-                                           SpeechObjective, alignment, cluster_labels, constant_error, crossmodal_agreement, error_count,
-                                           finetune_avhubert, kmeans, mfcc_rows, nearest, phone_frames, phoneme_error_rate,
-                                           pretrain_avhubert, simple_phones, substitutes, viseme_confusion)
+from talkingface.experts.checkpoints import load_expert
+from talkingface.training.avhubert import (PHONES, VISEME, AVHubertParams, ClusterBatches, ClusterObjective, Finetune, Inputs,
+                                           Iteration, SpeechObjective, alignment, cluster_labels, constant_error,
+                                           crossmodal_agreement, error_count, finetune_avhubert, kmeans, mfcc_rows,
+                                           nearest, phone_frames, phoneme_error_rate, pretrain_avhubert, simple_phones,
+                                           substitutes, viseme_confusion)
 
 torch.set_num_threads(1)
-NET = dict(dim=16, layers=2, heads=2, ffn=32, conv_pos=8, conv_pos_groups=4, front_width=.05, prelu=False, clusters=8, final_dim=8,
-           dropout=.1)
+NET = dict(dim=16, layers=2, heads=2, ffn=32, conv_pos=8, conv_pos_groups=4, front_width=.05, prelu=False, clusters=8,
+           final_dim=8, dropout=.1)
 
 
 class Clips(list):
@@ -130,13 +130,15 @@ def test_prediction_of_clusters_is_learned(toys):
     model = ClusterObjective(expert, params); optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     batches = ClusterBatches(inputs, cluster_labels(inputs, expert, Iteration(clusters=8)), params); losses = []
     for k in range(60):
-        logs = model(batches[k], k); optimizer.zero_grad(); logs['loss'].backward(); optimizer.step(); losses.append(logs['loss'].item())
+        loss = model(batches[k], k)['loss']; losses.append(loss.item())
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
     assert np.mean(losses[-5:]) < .6*losses[0], losses[::10]
 
 
 def test_padding_changes_nothing(toys):
     params = settings(frames=28); expert = AVHubertExpert(NET, shrink=2).eval(); inputs = Inputs(toys.first(1), expert)
-    short, long = (ClusterBatches(inputs, [torch.zeros(26, 1, dtype=torch.long)], replace(params, frames=f, batch=1))[0] for f in (26, 40))
+    labels = [torch.zeros(26, 1, dtype=torch.long)]
+    short, long = (ClusterBatches(inputs, labels, replace(params, frames=f, batch=1))[0] for f in (26, 40))
     torch.manual_seed(0); a = ClusterObjective(expert, params).eval().encoded(short, 0)
     b = ClusterObjective(expert, params).eval().encoded(long, 0)
     # the lip ResNet sees a frame of filling at the end, as it sees silence there
@@ -144,7 +146,8 @@ def test_padding_changes_nothing(toys):
 
 
 def test_batches_do_not_depend_on_what_was_asked_before(toys):
-    params = settings(); expert = AVHubertExpert(NET, shrink=2); labels = [torch.zeros(c.frames, 1, dtype=torch.long) for c in toys]
+    params = settings(); expert = AVHubertExpert(NET, shrink=2)
+    labels = [torch.zeros(c.frames, 1, dtype=torch.long) for c in toys]
     one, two = (ClusterBatches(Inputs(toys, expert), labels, params) for _ in range(2)); two[3]
     for key, value in one[7].items(): assert torch.equal(value, two[7][key])
 
@@ -175,8 +178,8 @@ def test_mfcc_rows_follow_time_and_not_loudness():
 class Scripted(AVHubertExpert):
     "Embeddings that are written down: one-hot by the frame's number over `width`."
     def __init__(self, width): super().__init__(NET); self.width = width
-    def _code(self, count, delay=0):
-        return torch.nn.functional.one_hot((torch.arange(count) + delay).div(self.width, rounding_mode='floor') % 64, 64).float()[None]
+    def _code(self, count):
+        return torch.nn.functional.one_hot(torch.arange(count)//self.width % 64, 64).float()[None]
     def embed_video(self, faces, landmarks=None): return self._code(faces.shape[1])
     def embed_audio(self, features): return self._code(features.shape[1])
 
@@ -246,7 +249,9 @@ def test_clips_without_phonemes_pretrain_and_say_so_when_fine_tuned(tmp_path):
     mute = Clips(toy_clip(i, phones=()) for i in range(5)); pretrain_avhubert(mute, settings(), tmp_path/'a')
     with pytest.raises(InputError, match='phonemes'): finetune_avhubert(mute, settings(), tmp_path/'a', tmp_path/'b')
     with pytest.raises(InputError, match='phonemes'): phoneme_error_rate(Parrot([]), mute)
-    with pytest.raises(InputError, match='as many rows'): cluster_labels(Inputs(mute, AVHubertExpert(NET)), None, Iteration(clusters=9999))
+    inputs = Inputs(mute, AVHubertExpert(NET))
+    with pytest.raises(InputError, match='as many rows'): cluster_labels(inputs, None, Iteration(clusters=9999))
+    with pytest.raises(CheckpointError, match='run it first'): finetune_avhubert(mute, settings(), tmp_path/'x', tmp_path/'b')
 
 
 def test_an_empty_store_and_short_clips_are_errors():

@@ -24,8 +24,8 @@ from ..data.clips import clip_order
 from ..experts.avhubert import MOUTH_MEAN, MOUTH_STD, TINY, AVHubertExpert, mouth_input
 from ..experts.base import embed_stored
 from ..experts.checkpoints import build_expert
-from .experts import (Augmentation, data_hash, draw_moves, has_split, move, relight, some_clips, speech_positions,
-                                          step_generator, training_code)
+from .experts import (Augmentation, data_hash, draw_moves, has_split, move, relight, some_clips,
+                                          speech_positions, step_generator, training_code)
 from .loop import PlateauWarning, Runtime, begin_run, checkpoints, finish_run, fit, plain, warmup_cosine
 from ..weights import load_model, read_weights, save_model
 
@@ -54,8 +54,8 @@ class Iteration:
     source: Literal['mfcc', 'features'] = 'mfcc'  # what is clustered
     clusters: int = 100      # of each clustering
     steps: int = 200
-    contexts: list = field(default_factory=lambda: [0])  # mfcc: a clustering each, of frames with so many neighbours on either side
-    layers: list = field(default_factory=lambda: [2])    # features: a clustering each, of this layer in the pass over both streams
+    contexts: list = field(default_factory=lambda: [0])  # mfcc: neighbours on either side, for each clustering
+    layers: list = field(default_factory=lambda: [2])    # features: layer of the joint pass, for each clustering
     fresh: bool = False      # start from new weights
 
 @dataclass
@@ -132,7 +132,7 @@ def kmeans(x: Tensor,            # (N, D)
            sample: int = 20000   # rows to look at
           ) -> Tensor:           # (clusters, D) centres
     "Centres of clusters; the same for the same rows and seed."
-    if len(x) < clusters: raise InputError(f"expected at least as many rows as clusters, got {len(x)} rows for {clusters} clusters")
+    if len(x) < clusters: raise InputError(f"expected at least as many rows as clusters ({clusters}), got {len(x)}")
     draw = step_generator(seed, 'kmeans')
     x = x[torch.randperm(len(x), generator=draw)[:sample]]; centres = x[:1]; far = torch.full((len(x),), math.inf)
     for _ in range(clusters - 1):
@@ -353,7 +353,8 @@ class SpeechObjective(AVHubertObjective):
     def ctc(self, scores: Tensor, batch: dict) -> Tensor:  # (P,)
         passes, said = len(scores), batch['count']
         frames = (~batch['padding']).sum(1).repeat(passes); scores = scores.flatten(0, 1).transpose(0, 1)
-        loss = F.ctc_loss(scores, batch['phones'].repeat(passes, 1), frames, said.repeat(passes), reduction='none', zero_infinity=True)
+        phones = batch['phones'].repeat(passes, 1)
+        loss = F.ctc_loss(scores, phones, frames, said.repeat(passes), reduction='none', zero_infinity=True)
         return (loss.view(passes, -1)/said.clamp(min=1)).mean(1)
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #85f12407
@@ -374,7 +375,7 @@ def crossmodal_agreement(expert,                   # any `SyncExpert`
         if clip.frames <= distance + expert.window: continue
         v, a = (x.float().cpu().numpy() for x in embed_stored(expert, clip))
         kept.append((v, a, speech_positions(clip, expert.window)))
-    if not kept: raise InputError(f"expected clips longer than {distance + expert.window} frames, got {len(clips)} clips and none of them")
+    if not kept: raise InputError(f"expected clips longer than {distance + expert.window} frames, got none among {len(clips)}")
     for (v, a, speech), (_, other, _) in zip(kept, kept[1:] + kept[:1]):
         scores = v @ a.T; at, own = _order_shares(scores, distance); count = min(len(v), len(other))
         control = _order_shares(v[:count] @ other[:count].T, distance)[1] if count > distance and len(kept) > 1 else own[:0]
@@ -388,12 +389,13 @@ def crossmodal_agreement(expert,                   # any `SyncExpert`
 # %% ../../nbs/06_training/03_avhubert.ipynb #9c5da969
 def alignment(said: list, heard: list) -> list[tuple]:  # (said or None, heard or None) from start to end
     "The cheapest alignment of two sequences: pairs, with None for what was left out or put in."
-    cost = np.zeros((len(said) + 1, len(heard) + 1), int); cost[:, 0] = np.arange(len(said) + 1); cost[0] = np.arange(len(heard) + 1)
+    cost = np.add.outer(np.arange(len(said) + 1), np.arange(len(heard) + 1))         # right along both edges
     for i, s in enumerate(said, 1):
         for j, h in enumerate(heard, 1): cost[i, j] = min(cost[i-1, j-1] + (s != h), cost[i-1, j] + 1, cost[i, j-1] + 1)
     i, j, pairs = len(said), len(heard), []
     while i or j:
-        if i and j and cost[i, j] == cost[i-1, j-1] + (said[i-1] != heard[j-1]): i, j = i - 1, j - 1; pairs.append((said[i], heard[j]))
+        if i and j and cost[i, j] == cost[i-1, j-1] + (said[i-1] != heard[j-1]):
+            i, j = i - 1, j - 1; pairs.append((said[i], heard[j]))
         elif i and cost[i, j] == cost[i-1, j] + 1: i -= 1; pairs.append((said[i], None))
         else: j -= 1; pairs.append((None, heard[j]))
     return pairs[::-1]
@@ -423,7 +425,7 @@ def phoneme_error_rate(expert: AVHubertExpert, store, split: str | None = None
     "Phoneme error rates of the three passes over the clips that have phonemes."
     clips = some_clips(store, split) if split else store
     spoken = [(c, simple_phones(c.phones)) for c in (clips[i] for i in range(len(clips))) if len(c.phones)]
-    if not spoken: raise InputError(f"expected clips with phonemes, none of the {len(clips)} clips has any; prepare the corpus again")
+    if not spoken: raise InputError(f"expected clips with phonemes, none of {len(clips)} has any; prepare the corpus again")
     result, total = {}, sum(len(said) for _, said in spoken)
     for stream in ('audio', 'video', 'joint'):
         heard = [(said, recognise_phones(expert, clip, stream)) for clip, said in spoken]
@@ -436,7 +438,8 @@ def constant_error(train, store,        # clips with phonemes
                    tried: int = 24      # phrases of `train` to try, evenly spread
                   ) -> float:
     "Phoneme error rate of always giving the same answer: that phrase of `train` which serves `train` best."
-    said = [[s for s in (simple_phones(c.phones) for c in (clips[i] for i in range(len(clips)))) if s] for clips in (train, store)]
+    phrases = lambda clips: [s for s in (simple_phones(clips[i].phones) for i in range(len(clips))) if s]
+    said = phrases(train), phrases(store)
     if not all(said): raise InputError("expected clips with phonemes; prepare the corpus again")
     some = said[0][::max(1, len(said[0])//tried)]
     phrase = min(some, key=lambda s: sum(error_count(t, s) for t in some))
@@ -517,7 +520,8 @@ def _agreements(expert: AVHubertExpert, store) -> dict:
 def _read_labels(path: Path, inputs: Inputs) -> list[Tensor]:
     "Labels that an iteration wrote, for the clips of `inputs`."
     found, names = read_weights(path), [inputs.store[i].name for i in range(len(inputs))]
-    if lacking := [n for n in names if n not in found]: raise CheckpointError(f"{path} has no labels of clip {lacking[0]}; pre-train again")
+    if lacking := [n for n in names if n not in found]:
+        raise CheckpointError(f"{path} has no labels of clip {lacking[0]}; pre-train again")
     return [found[n].long() for n in names]
 
 def _labels(out: Path, inputs: Inputs, old: AVHubertExpert, how: Iteration, seed: int) -> list[Tensor]:
@@ -525,7 +529,8 @@ def _labels(out: Path, inputs: Inputs, old: AVHubertExpert, how: Iteration, seed
     path = out/'labels.safetensors'
     if not (checkpoints(out) and path.is_file()):
         labels = cluster_labels(inputs, old, how, seed); out.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part: save_file({inputs.store[i].name: l.int().contiguous() for i, l in enumerate(labels)}, part)
+        named = {inputs.store[i].name: l.int().contiguous() for i, l in enumerate(labels)}
+        with atomic_path(path) as part: save_file(named, part)
     return _read_labels(path, inputs)
 
 def _iterate(fabric, n: int, old: AVHubertExpert | None, inputs: Inputs, params: AVHubertParams, out: Path, config: dict,
@@ -536,7 +541,8 @@ def _iterate(fabric, n: int, old: AVHubertExpert | None, inputs: Inputs, params:
     labels = _labels(out, inputs, old, how, params.seed)
     fabric.seed_everything(params.seed + n, verbose=False)
     expert = renewed(None if how.fresh else old, params, how.clusters*labels[0].shape[-1])
-    model = fabric.setup_module(ClusterObjective(expert, params)); optimizer = _optimizer(fabric, model, params.lr, params.weight_decay)
+    model = fabric.setup_module(ClusterObjective(expert, params))
+    optimizer = _optimizer(fabric, model, params.lr, params.weight_decay)
     run = fit(fabric, {'model': model}, {'model': optimizer}, ClusterBatches(inputs, labels, params, name),
               hold(fabric, model, optimizer), how.steps, out, config, data, params.seed + n, warmup_cosine(params.warmup),
               callbacks=(label_plateau(labels, params),), log_every=params.log_every, checkpoint_every=params.checkpoint_every,
@@ -577,6 +583,11 @@ def pretrain_avhubert(store,                  # clips with splits train and, if 
     return metrics
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #48bcbb88
+def _weights_hash(folder: str | Path) -> str:
+    "What identifies the weights in a folder that a training wrote."
+    if not (Path(folder)/'meta.json').is_file(): raise CheckpointError(f"{folder} holds no finished pre-training; run it first")
+    return read_json(Path(folder)/'meta.json')['weights_sha256']
+
 def finetune_avhubert(store,                     # clips with phonemes in split train
                       params: AVHubertParams,
                       pretrained: str | Path,    # folder that `pretrain_avhubert` wrote
@@ -585,17 +596,20 @@ def finetune_avhubert(store,                     # clips with phonemes in split 
                      ) -> dict:                  # agreement and phoneme errors of val and test
     "Lip reading of phonemes by CTC, from pre-trained weights; the result is paper B's expert."
     fabric, how = fabric or params.fabric(), params.finetune
-    config, data = {**params.config(), 'code': training_code('training'), 'from': read_json(Path(pretrained)/'meta.json')['weights_sha256']}, data_hash(store)
+    origin = _weights_hash(pretrained)
+    config, data = {**params.config(), 'code': training_code('training'), 'from': origin}, data_hash(store)
     if done := begin_run(fabric, out, config, data, on_change): return done['metrics']
     old = load_model(pretrained, build_expert, str(fabric.device)); inputs = _train_inputs(store, params, old)
     last = Path(pretrained)/f'iteration_{len(params.iterations)}'/'labels.safetensors'
     labels = _read_labels(last, inputs) if how.keep else None
     fabric.seed_everything(params.seed, verbose=False)
     expert = renewed(old, params, len(old.net.label_embs_concat), PHONES)
-    model = fabric.setup_module(SpeechObjective(expert, params)); optimizer = _optimizer(fabric, model, how.lr, params.weight_decay)
+    model = fabric.setup_module(SpeechObjective(expert, params))
+    optimizer = _optimizer(fabric, model, how.lr, params.weight_decay)
     run = fit(fabric, {'model': model}, {'model': optimizer}, SpeechBatches(inputs, params, labels),
               hold(fabric, model, optimizer, how.freeze), how.steps, out, config, data, params.seed, warmup_cosine(how.warmup),
-              log_every=params.log_every, checkpoint_every=params.checkpoint_every, workers=params.workers, desc='avhubert, phonemes')
+              log_every=params.log_every, checkpoint_every=params.checkpoint_every, workers=params.workers,
+              desc='avhubert, phonemes')
     return finish_run(run, expert, {**_agreements(expert, store), 'phoneme_error': _phoneme_errors(expert, store)})
 
 def _phoneme_errors(expert: AVHubertExpert, store) -> dict:
