@@ -6,8 +6,8 @@
 __all__ = ['ROW_KEY', 'PUBLISHED_FIELDS', 'METHOD_LABELS', 'REFERENCES', 'LATEX', 'INK', 'QUIET_INK', 'RULE', 'DASHES', 'MARKERS',
            'check_rows', 'write_rows', 'read_rows', 'bootstrap_interval', 'summarise', 'paired_difference', 'published',
            'metric_table', 'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'save_figure',
-           'draw_table', 'save_table', 'similarity_along_clips', 'strip_frames', 'draw_strips', 'qualitative_strip',
-           'clip_strip', 'write_provenance', 'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
+           'draw_table', 'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'clip_strip',
+           'write_provenance', 'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
 
 # %% ../nbs/09_experiments.ipynb #9173cba8
 from contextlib import contextmanager
@@ -391,39 +391,6 @@ def save_table(table,                  # from `metric_table`
             part.write_text(make(table, title, caption, set_labels, **options), encoding='utf-8')
         paths.append(stem.with_name(stem.name + suffix))
     return paths
-
-# %% ../nbs/09_experiments.ipynb #7257583e
-def similarity_along_clips(curves: dict,          # {clip: (n,) cosine at each position of true pairs}
-                           expert: str,           # name of the expert, for the title
-                           mismatched=None,       # {clip: (n,)} of the same lips with other speech, for scale
-                           fps: float = 25.
-                          ) -> tuple:             # figure, DataFrame clip, position, seconds, similarity, pair
-    "Cosine similarity at each window position along clips, with mean and spread."
-    import pandas as pd
-    pairs = {'true': curves, 'mismatched': mismatched or {}}
-    data = pd.concat([pd.DataFrame(dict(clip=clip, position=np.arange(len(v)), similarity=np.asarray(v, float), pair=pair))
-                      for pair, group in pairs.items() for clip, v in group.items()], ignore_index=True)
-    data.insert(2, 'seconds', data['position'] / fps)
-    data = data.dropna(subset=['similarity'])      # positions that a caller left out, such as silence
-    with plotting() as plt:
-        fig, (ax, side) = plt.subplots(1, 2, figsize=(7.2, 2.9), width_ratios=(4.2, 1), sharey=True,
-                                       layout='constrained'); plt.close(fig)
-        for (pair, group), colour, dash in zip(data.groupby('pair', sort=False), palette(2), DASHES):
-            values, clips = group['similarity'], group.groupby('clip', sort=False)
-            for _, curve in clips: ax.plot(curve['seconds'], curve['similarity'], color=colour, lw=.7, alpha=.4, ls='-')
-            mean = group.groupby('seconds')['similarity'].agg(['mean', 'size'])
-            mean = mean['mean'][mean['size'] >= len(clips) / 2]                   # where at least half of the clips go on
-            ax.plot(mean.index, mean, color=colour, lw=2.2, ls=dash,
-                    label=f'{pair} pairs, {len(clips)} clips: {values.mean():.2f} ± {values.std():.2f}')
-            side.hist(values, bins=np.linspace(-1, 1, 61), orientation='horizontal', density=True, color=colour, alpha=.55,
-                      histtype='stepfilled', edgecolor=colour, linestyle=dash)
-        low = min(0., float(data['similarity'].min()) - .05)
-        ax.set(xlabel='time in clip (s)', ylabel='cosine similarity', ylim=(low, 1.02))
-        ax.set_title(f'Similarity of lips and speech ({expert})')
-        side.set(xlabel='density of\nall positions')
-        fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, title_fontsize=7.5,
-                   title='thin: one clip; thick: their mean; ±: standard deviation over positions')
-    return fig, data
 
 # %% ../nbs/09_experiments.ipynb #be0657e6
 def strip_frames(aperture,         # (T,) true mouth opening
