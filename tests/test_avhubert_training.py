@@ -13,7 +13,7 @@ from talkingface.data.speech import ARTICULATION
 from talkingface.experts.avhubert import AVHubertExpert
 from talkingface.experts.checkpoints import load_expert
 from talkingface.training.avhubert import (PHONES, VISEME, AVHubertParams, ClusterBatches, ClusterObjective, Finetune, Inputs,
-                                           Iteration, SpeechObjective, alignment, cluster_labels, constant_error,
+                                           Iteration, SpeechObjective, alignment, cluster_labels, constant_error, contrast_loss,
                                            crossmodal_agreement, error_count, finetune_avhubert, kmeans, mfcc_rows,
                                            nearest, phone_frames, phoneme_error_rate, pretrain_avhubert, simple_phones,
                                            substitutes, viseme_confusion)
@@ -173,6 +173,15 @@ def test_mfcc_rows_follow_time_and_not_loudness():
     assert mfcc_rows(wav, 60).shape == (60, 156) and np.abs(mfcc_rows(wav/4, 50)[:, 4:52] - a[:, 4:52]).mean() < .1
 
 
+def test_contrast_does_not_see_padding_or_neighbours():
+    v, a = torch.randn(2, 1, 20, 8); there = torch.ones(1, 20, dtype=torch.bool); there[:, 15:] = False
+    other = a.clone(); other[:, 15:] = 99.
+    assert torch.allclose(contrast_loss(v, a, there), contrast_loss(v, other, there))
+    assert torch.allclose(contrast_loss(v, a, there), contrast_loss(v[:, :15], a[:, :15], there[:, :15]))
+    same = torch.ones(1, 7, 4)                                             # 7 frames, of which 3 are near enough to be left out
+    assert contrast_loss(same, same, torch.ones(1, 7, dtype=torch.bool), near=7) == pytest.approx(0, abs=1e-6)
+
+
 # agreement
 
 class Scripted(AVHubertExpert):
@@ -242,6 +251,7 @@ def test_bad_settings_are_refused():
     with pytest.raises(ParamsError, match='source: mfcc'): typed(AVHubertParams, dict(iterations=[dict(source='features')]))
     with pytest.raises(ParamsError, match='clusters'): typed(AVHubertParams, dict(iterations=[dict(cluster=3)]))
     with pytest.raises(ParamsError, match='three'): typed(AVHubertParams, dict(weights=[1., 1.]))
+    with pytest.raises(ParamsError, match='passes: all'): typed(AVHubertParams, dict(passes='drawn', finetune=dict(contrast=1.)))
     with pytest.raises(ParamsError, match='shares'): typed(AVHubertParams, dict(masks=dict(audio=1.5)))
 
 

@@ -6,8 +6,8 @@
 __all__ = ['VISEME_CLASSES', 'SAME', 'PHONES', 'VISEME', 'Masks', 'Iteration', 'Finetune', 'AVHubertParams', 'slopes',
            'mfcc_rows', 'nearest', 'kmeans', 'Inputs', 'draw_spans', 'substitutes', 'filled', 'ClusterBatches',
            'simple_phones', 'phone_frames', 'SpeechBatches', 'lips_input', 'three_passes', 'AVHubertObjective',
-           'masked_mean', 'ClusterObjective', 'SpeechObjective', 'crossmodal_agreement', 'alignment', 'error_count',
-           'recognise_phones', 'as_visemes', 'phoneme_error_rate', 'constant_error', 'viseme_confusion',
+           'masked_mean', 'ClusterObjective', 'contrast_loss', 'SpeechObjective', 'crossmodal_agreement', 'alignment',
+           'error_count', 'recognise_phones', 'as_visemes', 'phoneme_error_rate', 'constant_error', 'viseme_confusion',
            'joint_features', 'cluster_labels', 'renewed', 'label_plateau', 'hold', 'pretrain_avhubert',
            'finetune_avhubert']
 
@@ -68,6 +68,7 @@ class Finetune:
     ctc: float = 1.          # weight of CTC
     frame: float = 0.        # weight of each frame's phoneme, silence being the blank; needs phoneme times
     keep: float = 0.         # weight of predicting the last iteration's clusters further
+    contrast: float = 0.     # weight of `contrast_loss`, which is no part of AV-HuBERT
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #39660d58
 @dataclass
@@ -96,6 +97,8 @@ class AVHubertParams(Runtime):
                            for i, block in enumerate(self.iterations)]
         if not self.iterations or self.iterations[0].source != 'mfcc':
             raise ParamsError("iterations: expected at least one, the first with source: mfcc")
+        if self.finetune.contrast and self.passes != 'all':
+            raise ParamsError("finetune.contrast compares two passes: set passes: all")
         if len(self.weights) != 3: raise ParamsError(f"weights: expected three (both streams, sound, lips), got {self.weights}")
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #531c43b3
@@ -338,6 +341,19 @@ class ClusterObjective(AVHubertObjective):
         return self.logs(self.weighed(losses), accuracy=masked_mean(right, hidden & there))
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #ed28a741
+def contrast_loss(v: Tensor, a: Tensor,          # (B, T, D) features of lips and of sound
+                  there: Tensor,                 # (B, T) bool
+                  near: int = 3,                 # frames less than this apart are no negatives
+                  temperature: float = .1
+                 ) -> Tensor:                    # ()
+    "InfoNCE over the frames of each clip, both ways."
+    scores = F.normalize(v.float(), dim=-1) @ F.normalize(a.float(), dim=-1).transpose(1, 2)/temperature
+    own = torch.arange(v.shape[1], device=v.device); gap = (own[:, None] - own).abs()
+    scores = scores.masked_fill(((gap > 0) & (gap < near)) | ~there[:, None] | ~there[:, :, None], -1e4)
+    both = [F.cross_entropy(x.flatten(0, 1), own.repeat(len(v)), reduction='none') for x in (scores, scores.transpose(1, 2))]
+    return masked_mean((both[0] + both[1]).view(there.shape)/2, there)
+
+# %% ../../nbs/06_training/03_avhubert.ipynb #e2433f3e
 class SpeechObjective(AVHubertObjective):
     "CTC of the phonemes that are said (nats a phoneme), and if wanted the phoneme and the clusters of each frame."
     def forward(self, batch: dict, key: int) -> dict:
@@ -348,7 +364,9 @@ class SpeechObjective(AVHubertObjective):
             spoken = batch['spoken'].expand(scores.shape[:-1])[..., None]
             losses = losses - how.frame*masked_mean(scores.gather(-1, spoken)[..., 0], there)
         if how.keep: losses = losses + how.keep*masked_mean(self.cluster_loss(x, batch['labels'])[0], there)
-        return self.logs(self.weighed(losses), ctc=ctc.detach())
+        loss = self.weighed(losses)
+        if how.contrast: loss = loss + how.contrast*contrast_loss(x[2], x[1], there)
+        return self.logs(loss, ctc=ctc.detach())
 
     def ctc(self, scores: Tensor, batch: dict) -> Tensor:  # (P,)
         passes, said = len(scores), batch['count']
