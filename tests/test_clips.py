@@ -60,6 +60,18 @@ def test_arrays_have_the_shapes_of_the_contract(store):
     assert [row['frames'] for row in store.rows] == [40, 29, 7, 60, 33, 50]
 
 
+def test_phonemes_are_kept_and_must_have_times(tmp_path):
+    record = film(tmp_path, 'a'); kept = dict(np.load(record.tracks)); times = np.array([[0, .1], [.1, .25]], np.float32)
+    np.savez(record.tracks, **kept, phones=np.array(['tʃ', 'iː']), phone_times=times); prepare([record], tmp_path/'one', workers=1)
+    clip = ClipStore(tmp_path/'one')[0]; assert clip.phones == ('tʃ', 'iː'); np.testing.assert_array_equal(clip.phone_times, times)
+    np.savez(record.tracks, **kept, phones=np.array(['tʃ', 'iː']), phone_times=times[:1])
+    assert 'expected a time for each phone' in reason_of(record, tmp_path/'two')
+
+
+def test_clips_without_phonemes_have_none(store):
+    assert store[0].phones == () and store[0].phone_times.shape == (0, 2)
+
+
 def test_landmarks_keep_their_order_whatever_their_memory_layout(tmp_path):
     record = film(tmp_path, 'a'); kept = dict(np.load(record.tracks)); prepare([record], tmp_path/'one', workers=1)
     np.savez(record.tracks, landmarks=np.asfortranarray(kept['landmarks'])); prepare([record], tmp_path/'two', workers=1)

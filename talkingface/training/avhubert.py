@@ -436,7 +436,9 @@ def recognise_phones(expert: AVHubertExpert, clip,
     best = expert.phone_logits(audio, video)[0].argmax(-1).tolist(); expert.train(mode)
     return [expert.phones[s - 1] for s, before in zip(best, [0, *best]) if s and s != before]
 
-def as_visemes(phones: list[str]) -> list[str]: return [VISEME[p] for p in phones]
+def as_visemes(phones: list[str]) -> list[str]:
+    "Their viseme classes."
+    return [VISEME[p] for p in phones]
 
 def phoneme_error_rate(expert: AVHubertExpert, store, split: str | None = None
                       ) -> dict:   # error rates of audio, video and joint, the same over viseme classes, and counts
