@@ -37,8 +37,10 @@ def lower_half_bgr(faces: Tensor,   # (..., 3, H, W) RGB in [0, 1]
     if faces.shape[-3] != 3: raise InputError(f"expected faces (..., 3, H, W), got {tuple(faces.shape)}")
     if faces.shape[-2:] != (size, size):
         flat = faces.flatten(0, -4) if faces.ndim > 4 else faces.view(-1, *faces.shape[-3:])
-        flat = F.interpolate(flat, (size, size), mode='bilinear', antialias=True)
-        faces = flat.view(*faces.shape[:-3], 3, size, size)
+        smaller = size < max(faces.shape[-2:])        # antialiasing changes nothing when a picture is enlarged, and has no half precision
+        wide = flat.to(torch.promote_types(flat.dtype, torch.float32)) if smaller else flat
+        flat = F.interpolate(wide, (size, size), mode='bilinear', antialias=smaller)
+        faces = flat.to(faces.dtype).view(*faces.shape[:-3], 3, size, size)
     return faces[..., size//2:, :].flip(-3)
 
 # %% ../nbs/02_layers.ipynb #3bd0f353
