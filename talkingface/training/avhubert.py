@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['VISEME_CLASSES', 'SAME', 'PHONES', 'VISEME', 'Masks', 'Iteration', 'Finetune', 'AVHubertParams', 'slopes',
-           'mfcc_rows', 'nearest', 'kmeans', 'Inputs', 'draw_spans', 'substitutes', 'filled', 'ClusterBatches',
-           'simple_phones', 'phone_frames', 'SpeechBatches', 'lips_input', 'three_passes', 'AVHubertObjective',
-           'masked_mean', 'ClusterObjective', 'contrast_loss', 'SpeechObjective', 'crossmodal_agreement', 'alignment',
-           'error_count', 'recognise_phones', 'as_visemes', 'phoneme_error_rate', 'constant_error', 'viseme_confusion',
-           'joint_features', 'cluster_labels', 'renewed', 'label_plateau', 'hold', 'pretrain_avhubert',
-           'finetune_avhubert']
+           'mfcc_rows', 'nearest', 'kmeans', 'Inputs', 'draw_spans', 'substitutes', 'filled', 'hide_spans',
+           'ClusterBatches', 'simple_phones', 'phone_frames', 'SpeechBatches', 'lips_input', 'three_passes',
+           'AVHubertObjective', 'masked_mean', 'ClusterObjective', 'contrast_loss', 'SpeechObjective',
+           'crossmodal_agreement', 'alignment', 'error_count', 'recognise_phones', 'as_visemes', 'phoneme_error_rate',
+           'constant_error', 'viseme_confusion', 'joint_features', 'cluster_labels', 'renewed', 'label_plateau', 'hold',
+           'pretrain_avhubert', 'finetune_avhubert']
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #32a067ed
 import math
@@ -68,6 +68,7 @@ class Finetune:
     ctc: float = 1.          # weight of CTC
     frame: float = 0.        # weight of each frame's phoneme, silence being the blank; needs phoneme times
     keep: float = 0.         # weight of predicting the last iteration's clusters further
+    masked: bool = False     # hide spans as in pre-training
     contrast: float = 0.     # weight of `contrast_loss`, which is no part of AV-HuBERT
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #39660d58
@@ -197,6 +198,12 @@ def filled(parts: list, frames: int, value=0) -> Tensor:
     for row, part in zip(out, parts): row[:len(part)] = part
     return out
 
+def hide_spans(mouths: Tensor, how: Masks, draw: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    "Mouths (T,S,S) with substitutes, and what is hidden in sound and picture, (T,) bool each."
+    sound = draw_spans(len(mouths), how.audio, how.audio_length, draw)
+    lips = draw_spans(len(mouths), how.video, how.video_length, draw)
+    return mouths[torch.from_numpy(substitutes(lips, draw))], torch.from_numpy(sound), torch.from_numpy(lips)
+
 class ClusterBatches(Dataset):
     "[k] -> mouths (B,T,96,96), audio (B,T,104), padding, hidden_audio, hidden_video (B,T) bool, labels (B,T,E); a function of k."
     def __init__(self, inputs: Inputs, labels: list, params: AVHubertParams, name: str = 'clusters'):
@@ -207,11 +214,8 @@ class ClusterBatches(Dataset):
         for i in clip_order(len(self.inputs), k*p.batch, p.batch, p.seed):
             mouths, audio = self.inputs[i]; count = min(p.frames, len(mouths))
             at = slice(start := int(draw.integers(0, len(mouths) - count + 1)), start + count)
-            sound = draw_spans(count, p.masks.audio, p.masks.audio_length, draw)
-            lips = draw_spans(count, p.masks.video, p.masks.video_length, draw)
-            shown = torch.from_numpy(substitutes(lips, draw))
-            rows.append((mouths[at][shown], audio[at], torch.zeros(count, dtype=torch.bool), torch.from_numpy(sound),
-                         torch.from_numpy(lips), self.labels[i][at]))
+            shown, sound, lips = hide_spans(mouths[at], p.masks, draw)
+            rows.append((shown, audio[at], torch.zeros(count, dtype=torch.bool), sound, lips, self.labels[i][at]))
         names = dict(mouths=0, audio=0, padding=True, hidden_audio=False, hidden_video=False, labels=0)
         return {n: filled(part, p.frames, v) for (n, v), part in zip(names.items(), zip(*rows))}
 
@@ -263,10 +267,14 @@ class SpeechBatches(Dataset):
     def __getitem__(self, k: int) -> dict:
         p = self.params; clips = clip_order(len(self.inputs), k*p.batch, p.batch, p.seed)
         mouths, audio = zip(*(self.inputs[i] for i in clips)); said = [self.said[i] for i in clips]
-        frames = max(map(len, mouths)); padding = [torch.zeros(len(m), dtype=torch.bool) for m in mouths]
+        frames = max(map(len, mouths)); padding = [torch.zeros(len(m), dtype=torch.bool) for m in mouths]; masks = {}
+        if p.finetune.masked:
+            draw = rng(p.seed, 'speech', k)
+            mouths, sound, _ = zip(*(hide_spans(m, p.masks, draw) for m in mouths))
+            masks = {'hidden_audio': filled(sound, frames)}
         batch = dict(mouths=filled(mouths, frames), audio=filled(audio, frames), padding=filled(padding, frames, True),
                      phones=filled(said, max(1, max(map(len, said)))), count=torch.tensor([len(s) for s in said]),
-                     spoken=filled([self.spoken[i] for i in clips], frames))
+                     spoken=filled([self.spoken[i] for i in clips], frames), **masks)
         return batch if self.labels is None else {**batch, 'labels': filled([self.labels[i] for i in clips], frames)}
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #e5d12e65
