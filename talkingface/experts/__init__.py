@@ -1,0 +1,3 @@
+"Sync experts; `load_expert` loads any of them."
+
+from .checkpoints import load_expert
