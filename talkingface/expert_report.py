@@ -109,7 +109,8 @@ def expert_lines(measures: dict,      # {expert: {split: measures}}
 TARGETS = (  # expert of the profile, measure, at least, in words
     ('syncnet', 'pair', .88, 'SyncNet tells true pairs from pairs at least 5 frames apart on unseen people and voices'),
     ('avsyncnet', 'pair', .88, 'AVSyncNet tells true pairs from pairs at least 5 frames apart on unseen people and voices'),
-    ('avhubert', 'agreement', .9, "AV-HuBERT's lips and sound of a frame agree more than those of frames 5 apart"))
+    ('avhubert', 'agreement', .9, "AV-HuBERT's lips and sound of a frame agree more than those of frames 5 apart"),
+    ('avhubert_contrast', 'agreement', .9, 'The same of AV-HuBERT fine-tuned with the contrastive term (ours)'))
 
 def expert_targets(measures: dict,   # {expert: {split: measures}}
                    split: str = 'test'

@@ -69,6 +69,7 @@ class Profile:
     prepare: PrepareParams
     experts: dict[str, dict]
     avhubert: dict
+    readers: dict[str, dict]
     landmarker: dict
     generator: dict
     generate: GenerateParams
@@ -81,6 +82,7 @@ class Params:
     "The whole of `params.yaml`."
     run: list[str]                 # profiles that `dvc repro` builds
     experts: dict[str, dict]
+    readers: dict[str, dict]
     compared: list[str]            # experts of the robustness figures
     reported: list[str]            # experts of their table
     rows: dict[str, dict]
@@ -97,8 +99,8 @@ def read_params(root: str | Path = '.') -> dict:
     typed(Params, params, 'params.yaml')
     for name, profile in params['profiles'].items():
         typed(Profile, profile, f'params.yaml profiles.{name}')
-        for expert in params['experts']:
-            if expert not in profile['experts']: raise ParamsError(f"params.yaml profiles.{name}.experts: missing {expert}")
+        for block in ('experts', 'readers'):
+            for lacking in params[block].keys() - profile[block].keys(): raise ParamsError(f"params.yaml profiles.{name}.{block}: missing {lacking}")
     if wrong := [p for p in params['run'] if p not in params['profiles']]: raise unknown_key(wrong[0], params['profiles'], 'params.yaml run')
     return params
 

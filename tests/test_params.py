@@ -27,6 +27,8 @@ def test_every_block_fills_its_dataclass(params, profile):
     block = params['profiles'][profile]; place = {'device': block['device'], 'seed': block['seed']}
     for name in params['experts']: typed(ExpertParams, {**place, **block['experts'][name]}, f'{profile}.experts.{name}')
     typed(AVHubertParams, {**place, **block['avhubert']}, f'{profile}.avhubert'); typed(RobustnessParams, block['robustness'])
+    for name in params['readers']: typed(AVHubertParams, {**place, **block['avhubert'], **block['readers'][name]}, f'{profile}.readers.{name}')
+    assert {*params['compared'], *params['reported']} <= {*params['experts'], *params['readers']}
     typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
     typed(GeneratorParams, {**place, **{k: v for k, v in block['generator'].items() if k not in ('net', 'options')}})
     generator_class(block['generator']['net']['name'])
