@@ -95,7 +95,7 @@ def expert_config(values: dict  # a block `experts.NAME` of a profile
                  ) -> dict:     # for `build_expert`
     "The network of an expert in params.yaml; a block whose `net` has no name is AV-HuBERT's."
     net = values['net']
-    return net if 'name' in net else {'name': 'avhubert', 'net': net, 'layer': values.get('layer')}
+    return net if 'name' in net else {'name': 'avhubert', 'net': net, 'shrink': values.get('shrink', 1)}
 
 def bench_scoring(config: dict, seconds: float, length: float = 60.) -> dict:
     "Parameters, multiply-adds, positions per second, and seconds for the score of a clip of `length` seconds."

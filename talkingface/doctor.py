@@ -25,9 +25,10 @@ from .data.corpora import Corpus, Record, open_corpus
 from .data.faces import FaceAlignmentTracker, StoredTracks
 from .data.video import probe
 from .experts.base import SyncExpert, embed_stored, unit_length
-from .experts.checkpoints import EXPERTS, load_expert
+from .experts.checkpoints import EXPERTS, load_expert, recognise
 from .metrics.sync import QUIET, is_silent
 from .training.experts import speech_positions
+from .weights import load_published
 
 # %% ../nbs/11_doctor.ipynb #156ae4e9
 @dataclass
@@ -183,7 +184,8 @@ def judge_lengths(rows: list[dict], limits: Limits) -> list[Finding]:
     if not len(rows) or off.mean() <= limits.unusable_warn: return []
     if off.mean() > .5 and ratio[off].std() < limits.drift:
         return [Finding('unfit', f"the sound lasts {np.median(ratio[off]):.3f} times as long as the picture in {off.sum()} of {len(rows)} "
-                        "clips: the pictures play at another speed than they were filmed at", "encode them again with the true frame rate")]
+                        "clips: the pictures play at another speed than they were filmed at, or were cut",
+                        "encode them again with the true frame rate, or cut the sound alike")]
     return [Finding('warning', f"sound and picture differ in length by more than {limits.drift:.0%} in {off.sum()} of {len(rows)} clips",
                     "see that both start at the same moment; the end is cut or padded")]
 
@@ -192,7 +194,7 @@ REASONS = {'no landmarks': "store landmarks (T,68,2) as NAME.npz beside NAME.mp4
                            "(talkingface weights) and pass --tracker face-alignment",
            'no audio stream': "put the sound beside each video as NAME.wav or .flac",
            'no face': "see that the videos show a face, and that the tracks belong to them",
-           'too short': "leave out clips of fewer than 5 frames", 'tracks have': "make the tracks again, of these videos",
+           'too short': "leave out clips of fewer than 5 frames", 'tracks have': "make the tracks again, of these videos at 25 frames/s",
            'cut off': '', 'is empty': '', 'cannot be opened': ''}
 
 def judge_clips(rows: list[dict], limits: Limits) -> list[Finding]:
@@ -200,7 +202,7 @@ def judge_clips(rows: list[dict], limits: Limits) -> list[Finding]:
     bad = [r for r in rows if r['reason']]
     if not rows or len(bad) <= limits.unusable_warn*len(rows): return []
     kinds = Counter(next((k for k in REASONS if k in r['reason']), r['reason'][:80]) for r in bad).most_common(4)
-    what = f"{len(bad)} of {len(rows)} clips cannot be used: {'; '.join(f'{k} ({n})' for k, n in kinds)}. The first is {bad[0]['clip']}"
+    what = f"{len(bad)} of {len(rows)} clips cannot be used: {'; '.join(f'{k} ({n})' for k, n in kinds)}. The first is {bad[0]['clip']}: {bad[0]['reason']}"
     level = 'unfit' if len(bad) > limits.unusable*len(rows) else 'warning'
     return [Finding(level, what, REASONS.get(kinds[0][0]) or 'mend these files or remove them')]
 
@@ -360,6 +362,7 @@ def open_expert(expert,               # a SyncExpert, a folder of a trained one,
     if str(expert) == 'loudness': return LoudnessExpert().to(device), 'loudness (untrained: of real speech it cannot say where zero is)'
     if str(expert) in EXPERTS and not Path(expert).exists():
         return load_expert(str(expert), device=device), f'{expert} (published weights)'
+    if Path(expert).is_file(): return _published(Path(expert), device)
     meta = Path(expert)/'meta.json'
     if not meta.is_file():
         raise InputError(f"no expert in {expert}: expected a folder with meta.json (a trained expert), one of {', '.join(EXPERTS)} "
@@ -367,6 +370,12 @@ def open_expert(expert,               # a SyncExpert, a folder of a trained one,
     name = (read_json(meta).get('config') or {}).get('name')
     if name not in EXPERTS: raise InputError(f"{expert} holds {name or 'a part of a network'}, not an expert ({', '.join(EXPERTS)})")
     return load_expert(name, Path(expert), device=device), f'{name} ({expert})'
+
+def _published(path: Path, device: str) -> tuple[SyncExpert, str]:
+    found = recognise(load_published(path))
+    if found is None or not found.architecture.expert:
+        raise InputError(f"{path} holds {found.what if found else 'nothing known here'}, not an expert ({', '.join(EXPERTS)})")
+    return load_expert(found.architecture.expert, path, device), f'{found.what} ({path})'
 
 def _tracker(records: list[Record], device: str):
     "Detection for records without tracks, if its package and weights are there; else None."
@@ -427,6 +436,8 @@ def doctor(corpus,                       # folder of videos or of a store, a Cor
            limits: Limits | None = None
           ) -> Report:
     "Look at a corpus and say whether it is fit for training, and if not, why and what to do."
+    if limit is not None and limit < 0: raise InputError(f"limit: expected 0 (all clips) or more, got {limit}")
+    if str(device).startswith('cuda') and not torch.cuda.is_available(): raise InputError("device: torch sees no CUDA device; pass cpu")
     limits, source = limits or Limits(), open_source(corpus); store = isinstance(source, ClipStore)
     expert, name = (None, '') if expert is None else open_expert(expert, device)
     every = [(r['split'], r['identity']) for r in _store_rows(source)] if store else [(r.split, r.identity) for r in source]

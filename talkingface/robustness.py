@@ -719,7 +719,7 @@ CLAIMS = (
     Claim('AV-HuBERT bears rotation better than SyncNet', 'B', 'avhubert', 'syncnet', _RESPONSE, 'rotation', 'kept'),
     Claim('AV-HuBERT bears rotation better than SyncNet, landmarks found again', 'B', 'avhubert', 'syncnet', _RESPONSE, 'rotation', 'found'))
 # the same of the reader with the contrastive term, which is ours
-CLAIMS += tuple(replace(c, text=c.text.replace('AV-HuBERT', 'AV-HuBERT + contrast'), first='avhubert_contrast') for c in CLAIMS if c.first == 'avhubert')
+CLAIMS += tuple(replace(c, text=c.text.replace('AV-HuBERT', 'AV-HuBERT + contrast'), first='avhubert_contrast', paper='ours') for c in CLAIMS if c.first == 'avhubert')
 
 # %% ../nbs/09_robustness.ipynb #46883984
 def _steadiness(curves, names: tuple, seed: int) -> tuple[list, list, int, int]:

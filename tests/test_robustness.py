@@ -182,9 +182,11 @@ def test_silence_counts_for_nothing():
 
 
 def test_claims_follow_the_rows():
-    rows = pd.concat([toy_rows('syncnet', .7, .5), toy_rows('avsyncnet', .7, .2), toy_rows('avhubert', .8, .05)])
-    curves = pd.concat([toy_curves('syncnet', .7, .15), toy_curves('avsyncnet', .7, .1), toy_curves('avhubert', .7, .05)])
+    readers = ('avhubert', 'avhubert_contrast')
+    rows = pd.concat([toy_rows('syncnet', .7, .5), toy_rows('avsyncnet', .7, .2), *(toy_rows(n, .8, .05) for n in readers)])
+    curves = pd.concat([toy_curves('syncnet', .7, .15), toy_curves('avsyncnet', .7, .1), *(toy_curves(n, .7, .05) for n in readers)])
     claims = robustness_claims(rows, curves)
+    assert set(claims.loc[claims['first'] == 'avhubert_contrast', 'paper']) == {'ours'}, 'what is not the paper\'s must say so'
     assert (claims[claims['main']]['verdict'] == 'reproduced').all() and len(claims[claims['main']]) == len(CLAIMS)
     assert ((claims['low'] <= claims['measured']) & (claims['measured'] <= claims['high'])).all()
     swapped = [Claim('turned round', 'A', c.second, c.first, c.measures, c.perturbation, c.landmarks) for c in CLAIMS]

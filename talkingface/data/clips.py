@@ -231,7 +231,10 @@ def _phones(record) -> dict[str, np.ndarray]:
     symbols, times = tracks.get('phones', np.zeros(0, 'U1')).tolist(), tracks.get('phone_times', np.zeros((0, 2)))
     if len(symbols) != len(times):
         raise InputError(f"{record.tracks}: expected a time for each phone, got {len(symbols)} phones and {len(times)} times")
-    return dict(phones=np.frombuffer(' '.join(symbols).encode(), np.uint8), phone_times=times.astype(np.float32).reshape(-1, 2))
+    if odd := [s for s in symbols if len(s.split()) > 1]: raise InputError(f"{record.tracks}: expected phones without blanks, got {odd[0]!r}")
+    said = np.array([bool(s.strip()) for s in symbols], bool)        # an aligner may write silence as an empty symbol
+    symbols, times = [s.strip() for s in symbols if s.strip()], times.reshape(-1, 2)[said]
+    return dict(phones=np.frombuffer(' '.join(symbols).encode(), np.uint8), phone_times=times.astype(np.float32))
 
 # %% ../../nbs/01_data/06_clips.ipynb #e4896306
 def prepare_clip(record,         # of a corpus: video, audio, tracks and names

@@ -85,6 +85,7 @@ class FolderCorpus:
                  licence: str = 'unknown'):
         self.root, self.split, self.licence = Path(root), split, licence
         self.name = self.root.resolve().name
+        if self.root.is_file(): raise InputError(f"{self.root} is a file; expected a folder, a tree of videos")
         if not self.root.is_dir(): raise InputError(f"no such folder: {self.root}; expected a tree of videos")
         self.videos = sorted(p for p in self.root.rglob('*')
                              if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file() and p.name[0] != '.')

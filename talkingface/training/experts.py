@@ -8,8 +8,8 @@ __all__ = ['CURVE', 'SIGNED', 'MIRRORED_MOUTH', 'Augmentation', 'ExpertParams', 
            'parted', 'gathered', 'infonce_step', 'bce_step', 'clip_scores', 'speech_positions', 'pair_shares',
            'response', 'segment_offsets', 'auc', 'best_threshold', 'has_split', 'some_clips', 'expert_accuracy',
            'training_code', 'data_hash', 'phase_warnings', 'phase_schedule', 'matrices_decay', 'expert_trainer',
-           'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points', 'soften',
-           'landmark_errors', 'train_landmarker']
+           'windowed', 'train_expert', 'held_out_accuracy', 'LandmarkParams', 'LandmarkBatches', 'move_points',
+           'soften', 'landmark_errors', 'train_landmarker']
 
 # %% ../../nbs/06_training/01_experts.ipynb #edcf8912
 import math
@@ -20,7 +20,7 @@ from typing import Callable, Iterator, Literal
 
 from ..core import SAMPLES_PER_FRAME, InputError, ParamsError, derive_seed, rng, source_hash
 from ..data.clips import SyncBatches
-from ..experts.base import SyncExpert, embed_stored
+from ..experts.base import SyncExpert, WindowExpert, embed_stored
 from ..experts.checkpoints import build_expert
 from ..experts.landmarks import MOUTH, LipLandmarker, mouth_opening
 from .loop import PlateauWarning, Runtime, begin_run, finish_run, fit, warmup_cosine
@@ -374,6 +374,12 @@ def expert_trainer(fabric, expert: SyncExpert, params: ExpertParams) -> tuple:  
     return model, optimizers, step
 
 # %% ../../nbs/06_training/01_experts.ipynb #16d8e83c
+def windowed(expert: SyncExpert) -> WindowExpert:
+    "The expert, if `SyncBatches` are what it learns from."
+    if isinstance(expert, WindowExpert) and expert.stored == 'mel': return expert
+    how = 'by pretrain_avhubert and finetune_avhubert' if expert.aligned else 'nowhere here: use its published weights'
+    raise ParamsError(f"net: expected a network over windows of frames and mel, {expert.config['name']} is trained {how}")
+
 def train_expert(store,                  # clips with splits train and, if there are, val and test
                  params: ExpertParams,
                  out: str | Path,        # folder of the run
@@ -385,7 +391,7 @@ def train_expert(store,                  # clips with splits train and, if there
     if done := begin_run(fabric, out, config, data, on_change): return done['metrics']
     train = some_clips(store, 'train'); train = train.first(params.clips) if params.clips else train
     fabric.seed_everything(params.seed, verbose=False)
-    expert = build_expert(params.net).to(memory_format=torch.channels_last)
+    expert = windowed(build_expert(params.net)).to(memory_format=torch.channels_last)
     model, optimizers, step = expert_trainer(fabric, expert, params)
     batches = SyncBatches(train, batch=params.batch, per_clip=params.per_clip, min_offset=params.min_offset, seed=params.seed)
     run = fit(fabric, {'model': model}, optimizers, batches, step, params.steps, out, config, data, params.seed,
