@@ -1,4 +1,9 @@
 "AV-HuBERT training: labels, masks and batches as functions of the step, resume bit for bit, agreement, errors."
+import json
+import os
+import subprocess
+import sys
+import textwrap
 import warnings
 from dataclasses import replace
 
@@ -15,8 +20,8 @@ from talkingface.experts.checkpoints import load_expert
 from talkingface.training.avhubert import (PHONES, VISEME, AVHubertParams, ClusterBatches, ClusterObjective, Finetune, Inputs,
                                            Iteration, SpeechObjective, alignment, cluster_labels, constant_error, contrast_loss,
                                            crossmodal_agreement, error_count, finetune_avhubert, kmeans, mfcc_rows,
-                                           nearest, phone_frames, phoneme_error_rate, pretrain_avhubert, simple_phones,
-                                           substitutes, viseme_confusion)
+                                           SpeechBatches, nearest, phone_frames, phoneme_error_rate, pretrain_avhubert,
+                                           simple_phones, substitutes, viseme_confusion)
 
 torch.set_num_threads(1)
 NET = dict(dim=16, layers=2, heads=2, ffn=32, conv_pos=8, conv_pos_groups=4, front_width=.05, prelu=False, clusters=8,
@@ -182,6 +187,64 @@ def test_contrast_does_not_see_padding_or_neighbours():
     assert contrast_loss(same, same, torch.ones(1, 7, dtype=torch.bool), near=7) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_two_processes(tmp_path):
+    "With layers dropped, and with parts that fine-tuning does not use; the labels are computed once."
+    script = tmp_path/'run.py'
+    script.write_text(textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from pathlib import Path
+        import test_avhubert_training as t
+        from talkingface.training.loop import make_fabric
+        fabric, out, net = make_fabric(threads=1), Path({str(tmp_path)!r}), {{**t.NET, 'layerdrop': .5}}
+        clips = t.Clips(t.toy_clip(i, 26) for i in range(5))
+        t.pretrain_avhubert(clips, t.settings(net=net, iterations=[dict(clusters=8, steps=4)]), out/'a', fabric)
+        for name, how in dict(b=dict(ctc=1.), c=dict(keep=.5, frame=.5, masked=True)).items():
+            t.finetune_avhubert(clips, t.settings(net=net, iterations=[{{}}], finetune=t.Finetune(steps=3, **how)),
+                                out/'a', out/name, fabric)
+        """))
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script)],
+                   check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+    for name in 'abc': assert json.loads((tmp_path/name/'meta.json').read_text())['processes'] == 2
+
+
+# clips without phonemes
+
+def speech_logs(clips, **how):
+    params = settings(net={**NET, 'dropout': 0.}, batch=len(clips), finetune=Finetune(frame=.5, **how)); torch.manual_seed(0)
+    expert = AVHubertExpert(params.net, phones=PHONES, shrink=2).eval(); model = SpeechObjective(expert, params).eval()
+    return model(SpeechBatches(Inputs(clips, expert), params)[0], 0), model
+
+
+def test_clips_without_phonemes_have_no_part_in_reading(monkeypatch):
+    "The second clip has other pictures, and its loss would be another one; alone it gives zero and a gradient of zero."
+    monkeypatch.setattr(SpeechObjective, 'encoded', lambda self, batch, key: self.expert.net.encode(   # no batch norm, no order
+        self.expert.net.fuse(batch['audio'], None))[None].expand(3, -1, -1, -1))
+    told, mute = toy_clip(0), toy_clip(1, phones=()); alone, both = (speech_logs(Clips(c))[0] for c in ([told], [told, mute]))
+    for k in ('loss', 'ctc_video'): assert torch.allclose(alone[k], both[k], rtol=1e-4), k
+    monkeypatch.setattr(SpeechBatches, '__getitem__', lambda self, k, make=SpeechBatches.__getitem__:
+                        {k: v[-1:] if k != 'count' else v[-1:]*0 for k, v in make(self, k).items()})
+    none, model = speech_logs(Clips([told, mute])); none['loss'].backward()
+    assert none['loss'] == 0 and all(q.grad is None or torch.equal(q.grad, q.grad*0) for q in model.parameters())
+    assert model.expert.head.weight.grad is not None
+
+
+def test_too_many_phonemes_are_counted():
+    fits, long = toy_clip(0), toy_clip(1, phones=('p', 'p')*9)             # 26 frames; 18 and 17 blanks
+    logs, _ = speech_logs(Clips([fits, long])); assert logs['too_long'] == .5 and torch.isfinite(logs['loss'])
+
+
+def test_splits_that_cannot_be_measured_are_none(tmp_path):
+    clips = Clips([*(toy_clip(i) for i in range(3)), toy_clip(3, phones=()), toy_clip(4, frames=6)])
+    with pytest.warns(UserWarning, match='split test: no clip is longer than 6'):
+        found = pretrain_avhubert(clips, settings(), tmp_path/'a')
+    assert found['test'] is None and found['val']['clips'] == 1
+    with pytest.warns(UserWarning, match='split val: .*phone_times'):
+        found = finetune_avhubert(clips, settings(), tmp_path/'a', tmp_path/'b')
+    assert found['phoneme_error']['val'] is None and found['phoneme_error']['test']['clips'] == 1
+    assert load_expert('avhubert', tmp_path/'b').phones == PHONES
+
+
 # agreement
 
 class Scripted(AVHubertExpert):
@@ -253,6 +316,40 @@ def test_bad_settings_are_refused():
     with pytest.raises(ParamsError, match='three'): typed(AVHubertParams, dict(weights=[1., 1.]))
     with pytest.raises(ParamsError, match='passes: all'): typed(AVHubertParams, dict(passes='drawn', finetune=dict(contrast=1.)))
     with pytest.raises(ParamsError, match='shares'): typed(AVHubertParams, dict(masks=dict(audio=1.5)))
+    with pytest.raises(ParamsError, match='not all 0'): typed(AVHubertParams, dict(weights=[0., 0., 0.]))
+    with pytest.raises(ParamsError, match='batch'): typed(AVHubertParams, dict(batch=0))
+    with pytest.raises(ParamsError, match='frames'): typed(AVHubertParams, dict(frames=0))
+    with pytest.raises(ParamsError, match='contexts'): typed(AVHubertParams, dict(iterations=[dict(contexts=[])]))
+    with pytest.raises(ParamsError, match=r'iterations\[1\].layers: expected 1 to 4'):
+        typed(AVHubertParams, dict(iterations=[{}, dict(source='features', layers=[9])]))
+    with pytest.raises(ParamsError, match='above 0'): typed(AVHubertParams, dict(finetune=dict(ctc=0.)))
+
+
+def test_another_network_than_the_pre_trained_one_is_refused(tmp_path, toys):
+    pretrain_avhubert(toys, settings(), tmp_path/'a')
+    with pytest.raises(ParamsError, match='dim: 16 there, 32 now'):
+        finetune_avhubert(toys, settings(net={**NET, 'dim': 32}), tmp_path/'a', tmp_path/'b')
+    with pytest.raises(ParamsError, match='shrink: 2 there, 1 now'):
+        finetune_avhubert(toys, settings(shrink=1), tmp_path/'a', tmp_path/'b')
+    assert finetune_avhubert(toys, settings(net={**NET, 'dropout': .2}), tmp_path/'a', tmp_path/'b')
+
+
+def test_a_shorter_restart_leaves_no_iteration_behind(tmp_path, toys):
+    pretrain_avhubert(toys, settings(), tmp_path); kept = tmp_path/'iteration_10'; kept.mkdir(); (kept/'note.txt').touch()
+    one = settings(iterations=[dict(clusters=8, steps=2)]); pretrain_avhubert(toys, one, tmp_path, on_change='restart')
+    assert sorted(p.name for p in tmp_path.glob('iteration_*')) == ['iteration_1', 'iteration_10']   # not ours
+
+
+def test_memory_of_inputs_is_bounded(toys):
+    expert = AVHubertExpert(NET, shrink=2); free, tight = Inputs(toys, expert), Inputs(toys, expert, limit=1)
+    for i in range(5): assert all(torch.equal(a, b) for a, b in zip(free[i], tight[i]))
+    assert len(free._kept) == 5 and not tight._kept and tight._bytes == 0
+
+
+def test_labels_do_not_depend_on_what_is_held(toys, monkeypatch):
+    expert = AVHubertExpert(NET, shrink=2); inputs = Inputs(toys, expert); how = Iteration('features', clusters=5, layers=[1, 2])
+    held = cluster_labels(inputs, expert, how); monkeypatch.setattr('talkingface.training.avhubert.KEPT_ROWS', 1)
+    assert all(torch.equal(a, b) for a, b in zip(held, cluster_labels(inputs, expert, how)))
 
 
 def test_clips_without_phonemes_pretrain_and_say_so_when_fine_tuned(tmp_path):
