@@ -14,12 +14,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable
 
-from ..core import CheckpointError, InputError, MissingWeights, file_hash, read_json, unknown_key, weights_folder
+from ..core import CheckpointError, InputError, MissingWeights, ParamsError, file_hash, unknown_key, weights_folder
 from .avhubert import BASE, LARGE, AVHubertExpert
 from .avsyncnet import AVSyncNet
 from .base import SyncExpert, frozen
 from .syncnet import LightSyncNet, SyncNet, SyncNetV2
-from ..weights import (WRAPPINGS, load_model, load_weights, look_up, read_published, some, unwrapped, write_weights)
+from ..weights import (WRAPPINGS, load_model, load_weights, look_up, read_meta, read_published, some, unwrapped,
+                                 write_weights)
 
 import torch
 from torch import Tensor
@@ -34,10 +35,13 @@ def build_expert(config: dict  # `name` and arguments, e.g. {'name': 'light_sync
     options = dict(config)
     name = options.pop('name', None)
     if name not in EXPERTS: raise unknown_key(str(name), EXPERTS, 'expert')
+    _check_options(name, options)
+    return EXPERTS[name](**options)
+
+def _check_options(name: str, options: dict) -> None:
     known = inspect.signature(EXPERTS[name]).parameters
     for key in options:
         if key not in known: raise unknown_key(key, known, f'expert {name}')
-    return EXPERTS[name](**options)
 
 # %% ../../nbs/03_experts/05_checkpoints.ipynb #34373edf
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Architecture:
     kernel: tuple | None = None            # shape of the first key, from its second axis on, where keys are not enough
 
     def fits(self, weights: dict) -> bool:
-        return all(k in weights for k in self.keys) and self.kernel in (None, tuple(weights[self.keys[0]].shape[1:])) # noqa: E501
+        return all(k in weights for k in self.keys) and self.kernel in (None, tuple(weights[self.keys[0]].shape[1:]))
 
 # widths come from the last layers: a narrow first layer is rounded to 8 channels
 def _syncnet(w, _): return dict(name='syncnet', width=len(w['audio_encoder.13.conv_block.0.weight'])/512)
@@ -78,6 +82,15 @@ def _setting(tree, name: str, default):
         if type(value) is type(default): return value
     return default
 
+def _heads(tree, dim: int) -> int:
+    "Number of attention heads, from the configuration in the file or 64 channels each."
+    heads = _setting(tree, 'encoder_attention_heads', 0)
+    if heads == 0 and dim not in (BASE['dim'], LARGE['dim']):
+        warnings.warn(f"the file does not say how many attention heads it has; {max(1, dim//64)} are taken. If that is wrong, pass net={{...}}")
+    heads = heads or max(1, dim//64)
+    if heads < 0 or dim % heads: raise CheckpointError(f"the file says {heads} attention heads, which do not divide its {dim} channels")
+    return heads
+
 def _avhubert(w, tree) -> dict:
     "Arguments of `AVHubert` from the shapes of a state dict."
     dim, final = len(w['layer_norm.bias']), w.get('label_embs_concat')
@@ -85,9 +98,7 @@ def _avhubert(w, tree) -> dict:
     if fuse == 'concat': dim = len(w['post_extract_proj.weight'])
     layers = len({k.split('.')[2] for k in w if k.startswith('encoder.layers.')})
     conv, stem = w['encoder.pos_conv.0.weight_v'], w['feature_extractor_video.resnet.frontend3D.0.weight']
-    heads = _setting(tree, 'encoder_attention_heads', max(1, dim//64))
-    net = dict(dim=dim, layers=layers, heads=heads if heads > 0 and dim % heads == 0 else max(1, dim//64),
-               ffn=len(w['encoder.layers.0.fc1.weight']), clusters=0 if final is None else len(final),
+    net = dict(dim=dim, layers=layers, heads=_heads(tree, dim), ffn=len(w['encoder.layers.0.fc1.weight']), clusters=0 if final is None else len(final),
                final_dim=256 if final is None else final.shape[1], predict='final_proj.weight' in w, conv_pos=conv.shape[2],
                conv_pos_groups=max(1, conv.shape[0]//conv.shape[1]), norm_first=_setting(tree, 'layer_norm_first', True),
                front_width=len(stem)/64, prelu='feature_extractor_video.resnet.frontend3D.2.weight' in w,
@@ -207,10 +218,17 @@ def _read(path: Path) -> tuple[Found | None, dict[str, Tensor], set]:
     weights = unwrapped(tree, (*WRAPPINGS, 'net_g', 'params_ema'), str(path))
     return recognise(weights, tree), weights, names
 
+def _published_size(config: dict) -> bool:
+    "Whether a config has the sizes of a published file; only then its licence can be told without its name."
+    if net := config.get('net'): return any(all(net[k] == v for k, v in size.items()) for size in (BASE, LARGE))
+    usual = {k: p.default for k, p in inspect.signature(EXPERTS[config['name']]).parameters.items()} | {'audio_width': 1}
+    return all(v == usual[k] for k, v in config.items() if k != 'name')
+
 def _facts(path: Path, found: Found | None, names: set) -> dict:
     "What `meta` says about a published file."
     named = next((k for k in KNOWN_FILES if k.name == path.name), None)
-    alike = next((k for k in KNOWN_FILES if found and k.expert == found.architecture.expert and
+    sized = found and found.config and _published_size(found.config)
+    alike = next((k for k in KNOWN_FILES if sized and k.expert == found.architecture.expert and
                   (found.architecture.part == '') == k.whole), None)
     licence = getattr(named or alike, 'licence', 'unknown: ask where you got it')
     return {'file': path.name, 'sha256': file_hash(path), 'licence': licence, 'what': found.what if found else 'not recognised',
@@ -266,15 +284,26 @@ def load_expert(name: str,                             # of `EXPERTS`
                ) -> SyncExpert:                        # frozen; `meta`: file, sha256, licence, config, what was left out
     "A trained expert. Nothing in the file is run, and weights of another architecture are refused by their name."
     if name not in EXPERTS: raise unknown_key(str(name), EXPERTS, 'expert')
+    if str(device).partition(':')[0] not in ('cpu', 'cuda', 'meta'):
+        raise ParamsError(f"device: expected 'cpu', 'cuda', 'cuda:0', ... or 'meta', got {device!r}")
     if str(device).startswith('cuda') and not torch.cuda.is_available():
         raise InputError("device: expected a CUDA device, torch sees none; pass device='cpu' or install a CUDA build of torch")
+    _check_options(name, options)
     path = _known_path(name) if checkpoint is None else Path(checkpoint)
-    if not path.is_dir(): return _load_file(name, path, device, options)
-    meta = read_json(path/'meta.json') if (path/'meta.json').is_file() else {}
-    if meta.get('part') or meta and not meta.get('config'): return _load_file(name, path/'model.safetensors', device, options)
-    held = (meta.get('config') or {}).get('name', name)
+    if _is_ours(path): path = path.parent
+    return _load_folder(name, path, device, options) if path.is_dir() else _load_file(name, path, device, options)
+
+def _is_ours(path: Path) -> bool: return path.name == 'model.safetensors' and (path.parent/'meta.json').is_file()
+
+def _load_folder(name: str, path: Path, device: str, options: dict) -> SyncExpert:
+    "An expert that we trained, or converted weights."
+    meta = read_meta(path)
+    if meta.get('part') or not meta.get('config'): return _load_file(name, path/'model.safetensors', device, options)
+    held = meta['config'].get('name', name)
+    if held not in EXPERTS: raise CheckpointError(f"{path} holds the network {held!r}, which is no expert; expected a folder of {name}")
     if held != name: raise CheckpointError(f"{path} is {held}, not {name}. load_expert({held!r}, ...) takes it")
-    expert = frozen(load_model(path, lambda config: build_expert({**config, **options}), device))
+    def build(config: dict) -> SyncExpert: return build_expert({**config, **options})
+    expert = frozen(load_model(path, build, device))
     expert.meta = {'file': str(path), 'sha256': meta['weights_sha256'], 'licence': 'that of your data', **meta, 'config': expert.config}
     return expert
 
@@ -283,7 +312,12 @@ def convert_weights(path: str | Path,  # a published file
                     out: str | Path    # folder
                    ) -> Path:
     "Write the tensors of a published file as safetensors, with `meta.json` that says what they are and on which terms."
-    path = Path(path); found, weights, names = _read(path)
+    path, out = Path(path), Path(out)
+    if _is_ours(path) or path.is_dir(): raise InputError(f"{path}: expected a published file; our folders need no conversion, "
+                                                         "load_expert takes them")
+    if out.is_file() or out.resolve() == path.parent.resolve():
+        raise InputError(f"{out}: expected a folder of its own for the converted weights; the file stays where it is")
+    found, weights, names = _read(path)
     facts = _facts(path, found, names)
     if found is None: return write_weights(out, weights, {'config': None, **facts})
     kind = found.architecture; tensors = {kind.inner + k: v for k, v in found.weights.items()}

@@ -25,6 +25,9 @@ class SyncLoss(LossTerm):
                  rescale: bool = False,         # use (1 + cosine)/2, for experts without final ReLU (ours)
                  floor: float = 1e-4):          # smallest value under the logarithm
         if not 0 < floor < 1: raise ParamsError(f"floor must lie between 0 and 1, got {floor}")
+        if getattr(expert, 'stored', 'mel') != 'mel':
+            raise InputError(f"SyncLoss needs an expert that hears mels (syncnet, light_syncnet, avsyncnet); {type(expert).__name__} "
+                             "hears something else. Use one of these, or write a loss that gives it its own sound")
         self.expert, self.rescale, self.floor = frozen(expert), rescale, floor
 
     def similarity(self, output: Tensor, batch) -> Tensor:  # (B, N)
