@@ -7,7 +7,7 @@ import torch
 from goldens import compare, det_state, load_golden
 from torch.nn import functional as F
 
-from talkingface.core import InputError
+from talkingface.core import InputError, ParamsError
 from talkingface.data import faces as data_faces
 from talkingface.data.audio import log_filterbank
 from talkingface.data.portrait import Identity, Scene, render
@@ -357,3 +357,49 @@ def test_moving_face_and_landmarks_together_changes_little(filmed):
     still, followed = (mouth_input(f, p, aspect=1.) for f, p in ((faces, points), (moved, points + torch.tensor([6., 0.]))))
     torch.testing.assert_close(still, followed, rtol=0, atol=1e-3)
     assert (mouth_input(moved, points, aspect=1.) - still).abs().mean() > .1
+
+
+# ---- arguments ----
+
+@pytest.mark.parametrize('net, options, words', [
+    (dict(dmi=3), {}, "did you mean 'dim'"), (dict(heads=3), {}, 'heads: expected a divisor of dim=32'),
+    (dict(conv_pos_groups=5), {}, 'conv_pos_groups: expected a divisor'), (dict(layers=0), {}, 'layers: expected 1'),
+    ({}, dict(layer=4), 'layer: expected 1 to 3'), ({}, dict(layer=0), 'layer: expected 1 to 3'), ({}, dict(shrink=3), 'shrink: expected 1, 2 or 4')])
+def test_arguments_are_refused_in_words(net, options, words):
+    with pytest.raises(ParamsError, match=words): AVHubertExpert({**SMALL, **net}, **options)
+
+
+def test_streams_and_masks_of_other_sizes_are_refused(net):
+    with pytest.raises(InputError, match=r'\(B, T, 104\)'): net.features(torch.zeros(1, 5, 26))
+    with pytest.raises(InputError, match='grey mouths'): net.features(video=torch.zeros(1, 1, 5, 48, 48))
+    with pytest.raises(InputError, match='padding_mask'): net.features(torch.zeros(1, 5, 104), padding_mask=torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(InputError, match='at least 1 frame'): mouth_input(torch.zeros(1, 0, 3, 96, 96))
+
+
+def test_degenerate_landmarks_are_named(filmed):
+    faces, marks = tensors(*filmed[2:])
+    with pytest.raises(InputError, match='clip 0, frame 0'): mouth_input(faces, torch.full_like(marks, 5.))
+
+
+def test_a_mouth_does_not_depend_on_the_rest_of_the_batch():
+    faces = torch.rand(3, 13, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    one = torch.tensor(ANCHORS)[:, None]*.35
+    marks = torch.zeros(68, 2); marks[list(STABLE)] = one[:5, 0]; marks[48:] = one[5, 0]
+    marks = torch.stack([marks, marks*2.5, marks*40]).unsqueeze(1).repeat(1, 13, 1, 1)
+    together = mouth_input(faces, marks, aspect=1.)
+    for at in range(3): assert torch.equal(together[at], mouth_input(faces[at:at + 1], marks[at:at + 1], aspect=1.)[0])
+
+
+def test_cosines_stay_exact_under_autocast(net):
+    x = torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast('cpu', torch.bfloat16):
+        got, y = net.logits(x), net.final_proj(x).float()
+    want = 10*F.normalize(y, dim=-1) @ F.normalize(net.label_embs_concat, dim=-1).T
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_a_clip_of_padding_alone_is_finite_in_both(net, batch):
+    padding = batch[2].clone(); padding[1] = True
+    one, other = (f(batch[0], padding_mask=padding) for f in (net.features, lambda *a, **k: plain_features(net, *a, **k)))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

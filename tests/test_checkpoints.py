@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from goldens import load_manifest
-from talkingface.core import CheckpointError, MissingWeights, ParamsError
+from talkingface.core import CheckpointError, InputError, MissingWeights, ParamsError
 from talkingface.experts import load_expert
 from talkingface.experts.avhubert import BASE, LARGE, TINY, AVHubert
 from talkingface.experts.checkpoints import KNOWN_FILES, build_expert, convert_weights, recognise, weights_table
+from talkingface.weights import save_model
 
 NESTINGS = {
     'bare': lambda w: w,
@@ -135,3 +136,44 @@ def test_known_files_are_found_and_named(tmp_path, monkeypatch):
     rows = {row['name']: row for row in weights_table()}
     assert len(rows) == len(KNOWN_FILES) and rows['syncnet_v2.model']['present'] and not rows['large_vox_433h.pt']['present']
     assert len(rows['syncnet_v2.model']['sha256']) == 64 and all(row['licence'] and row['what'] for row in rows.values())
+
+
+def test_the_file_of_our_folder_is_the_folder(tmp_path):
+    expert = build_expert({'name': 'avhubert', 'net': {**TINY, 'heads': 8}, 'layer': 2, 'phones': ['a'], 'shrink': 2})
+    save_model(tmp_path/'ours', expert, {})
+    assert load_expert('avhubert', tmp_path/'ours'/'model.safetensors').config == expert.config
+    for out in ('other', 'ours'):
+        with pytest.raises(InputError, match='need no conversion'): convert_weights(tmp_path/'ours'/'model.safetensors', tmp_path/out)
+    assert load_expert('avhubert', tmp_path/'ours').config == expert.config
+
+
+def test_a_licence_is_told_by_likeness_for_published_sizes_only(tmp_path):
+    torch.save(generated(load_manifest('syncnet_python_S')), tmp_path/'renamed.pth')
+    assert load_expert('syncnet_v2', tmp_path/'renamed.pth').meta['licence'] == 'MIT'
+    torch.save(build_expert({'name': 'syncnet_v2', 'width': .125}).state_dict(), tmp_path/'narrow.pth')
+    assert 'unknown' in load_expert('syncnet_v2', tmp_path/'narrow.pth').meta['licence']
+
+
+def test_heads_that_do_not_divide_are_refused_and_guesses_are_said(tmp_path):
+    state = build_expert({'name': 'avhubert', 'net': TINY}).net.state_dict()
+    torch.save({'model': state, 'cfg': {'model': {'encoder_attention_heads': 5}}}, tmp_path/'five.pt')
+    with pytest.raises(CheckpointError, match='5 attention heads'): load_expert('avhubert', tmp_path/'five.pt')
+    torch.save(state, tmp_path/'none.pt')
+    with pytest.warns(UserWarning, match='2 are taken'): load_expert('avhubert', tmp_path/'none.pt')
+
+
+@pytest.mark.parametrize('options, words', [(dict(device='gpu'), "got 'gpu'"), (dict(widht=1), "did you mean 'width'")])
+def test_wrong_arguments_of_load_expert(tmp_path, options, words):
+    save_model(tmp_path/'ours', build_expert({'name': 'light_syncnet', 'width': 8, 'dim': 16}), {})
+    with pytest.raises(ParamsError, match=words): load_expert('light_syncnet', tmp_path/'ours', **options)
+
+
+@pytest.mark.parametrize('meta, words', [('[]', 'weights_sha256'), ('{"config": {"name": "light_syncnet"}}', 'weights_sha256'), (None, 'a trained network')])
+def test_broken_folders_are_refused_in_words(tmp_path, meta, words):
+    if meta: (tmp_path/'meta.json').write_text(meta)
+    with pytest.raises(CheckpointError, match=words): load_expert('light_syncnet', tmp_path)
+
+
+def test_a_folder_of_a_generator_is_no_expert(tmp_path):
+    save_model(tmp_path, torch.nn.Linear(1, 1), {'config': {'name': 'light'}})
+    with pytest.raises(CheckpointError, match="'light', which is no expert"): load_expert('syncnet', tmp_path)

@@ -458,3 +458,25 @@ import talkingface.experts.syncnet, talkingface.experts.avsyncnet, talkingface.e
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- what embed_clip takes ----
+
+@pytest.mark.parametrize('make', [lambda: LightSyncNet(8, 16), lambda: AVSyncNet(.0625, 16, size=32)])
+def test_types_of_numpy_and_scipy_are_taken(make):
+    net = make().train(); faces, wav = torch.rand(7, 3, 96, 96, generator=seeded()), torch.randn(7*640, generator=seeded())*.1
+    pcm = (wav*32768).short(); want = embed_clip(net, faces, pcm.float()/32768)
+    for given in ((faces.double().numpy(), pcm.numpy()), (faces.tolist(), (pcm.double()/32768).tolist())):
+        for x, y in zip(embed_clip(net, *given), want): torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+    assert [x.dtype for x in net.double().raw_video(faces[None].double())[:1]] == [torch.float64] and embed_clip(net, faces, wav)[0].shape[0] == 3
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(faces=torch.full((7, 3, 96, 96), 254.)), 'divide them by 255'), (dict(faces=torch.full((7, 3, 96, 96), float('nan'))), 'got values from nan'),
+    (dict(audio=torch.zeros(2, 4480)), 'expected one channel'), (dict(audio=torch.zeros(4480, 2)), 'expected one channel'),
+    (dict(audio=torch.full((4480,), float('nan'))), 'NaN'), (dict(audio=torch.zeros(4480, dtype=torch.int64)), 'int16'),
+    (dict(audio=torch.zeros(26, 30)), r'expected a mel \(B, 80, M\)'), (dict(every=0), '1 or more'), (dict(every=-1), '1 or more')])
+def test_unusable_clips_are_refused_and_the_mode_stays(change, words):
+    net = LightSyncNet(8, 16).train(); clip = dict(faces=torch.rand(7, 3, 96, 96), audio=torch.zeros(4480))
+    with pytest.raises(InputError, match=words): embed_clip(net, **{**clip, **change})
+    assert net.training

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from talkingface.core import CheckpointError
-from talkingface.weights import Inert, load_published, look_up, read_inert, read_pickled, suspicious
+from talkingface.weights import Inert, load_published, load_weights, look_up, read_inert, read_pickled, suspicious
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 MAGIC = 0x1950a86a20f9469cfc6c
@@ -246,3 +246,14 @@ def test_deep_and_self_containing_structures(tmp_path):
     loop = read_inert(written(tmp_path/'loop.pkl', b'ca\nB\n)R\x94}Vself\nh\x00sb.', 'bare'))
     assert loop.fields['self'] is loop and len(repr(loop)) < 60
     assert look_up({'cfg': loop}, 'cfg', 'self', 'self', default=3) is not None
+
+
+def test_a_text_file_is_refused_without_internals(tmp_path):
+    (tmp_path/'a.pth').write_text('hello, no weights here')
+    with pytest.raises(CheckpointError, match='damaged or no torch checkpoint') as caught: load_published(tmp_path/'a.pth')
+    assert 'Error' not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    net = torch.nn.Linear(2, 2); weights = {k: v*float('nan') for k, v in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match='NaN or infinity in 2 tensors'): load_weights(net, weights, 'a.pth')
