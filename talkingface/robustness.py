@@ -212,7 +212,8 @@ def pair_table(expert,            # a `SyncExpert`
     count = min(len(v), len(a)); table = (v[:count] @ a[:count].T).float().cpu().numpy()
     if expert.window == SPAN: return table
     extra = SPAN - expert.window; n = count - extra
-    if extra < 0 or n < 1: raise InputError(f"expected at least {SPAN} frames and a window of at most {SPAN}, got {count} and {expert.window}")
+    if extra < 0 or n < 1:
+        raise InputError(f"expected at least {SPAN} frames and a window of at most {SPAN}, got {count} and {expert.window}")
     return (sum(table[k:k + n, k:k + n] for k in range(extra + 1))/(extra + 1))[::every, ::every]
 
 # %% ../nbs/09_robustness.ipynb #4e2504dc
@@ -240,7 +241,8 @@ class RobustnessParams:
     found: list[str] | None = None # changes of geometry that are scored with landmarks found again too; None: all
 
     def __post_init__(self):
-        if self.clips < 1 or self.every < 1: raise InputError(f"expected clips and every of at least 1, got {self.clips} and {self.every}")
+        if self.clips < 1 or self.every < 1:
+            raise InputError(f"expected clips and every of at least 1, got {self.clips} and {self.every}")
         moves = [n for n, p in PERTURBATIONS.items() if p.changes == 'geometry']
         if self.found is None: self.found = moves
         for where, names, known in (('levels', self.levels or {}, PERTURBATIONS), ('found', self.found, moves)):
@@ -301,7 +303,8 @@ def trainings(folder: str | Path,   # of a trained expert; further trainings lie
     folders = {0: Path(folder)} | {int(p.name[5:]): p for p in sorted(Path(folder).glob('seed-*')) if (p/'meta.json').is_file()}
     return {n: frozen(load_model(path, build_expert, device)) for n, path in sorted(folders.items())}
 
-ROBUSTNESS_FIELDS = ('profile', 'expert', 'network', 'seed', 'set', 'clip', 'perturbation', 'level', 'landmarks', 'metric', 'value', 'n_frames')
+ROBUSTNESS_FIELDS = ('profile', 'expert', 'network', 'seed', 'set', 'clip', 'perturbation', 'level', 'landmarks', 'metric',
+                     'value', 'n_frames')
 
 def _in_range(how: Perturbation, level: float, use: np.ndarray, every: int) -> np.ndarray:
     "Positions whose sound comes from the clip: a delay leaves some with the silence before or behind it."
@@ -312,7 +315,8 @@ def _in_range(how: Perturbation, level: float, use: np.ndarray, every: int) -> n
 def _clip_scores(experts: dict, source: Source, plan: list, every: int):
     "(seed, perturbation, level, landmarks, metric, value, positions) of one clip."
     use = speech_positions(source.clip)[::every]
-    none = {s: (_see(e, np.array(source.clip.faces), np.array(source.clip.landmarks), every), _hear(e, np.array(source.clip.wav), every))
+    none = {s: (_see(e, np.array(source.clip.faces), np.array(source.clip.landmarks), every),
+                _hear(e, np.array(source.clip.wav), every))
             for s, e in experts.items()}
     for how, level, landmarks in plan:
         if still := level == how.neutral: pass
@@ -338,8 +342,10 @@ def evaluate_robustness(expert,                  # a `SyncExpert` in evaluation 
     network = network_label(next(iter(experts.values())).config)
     records, plan, rows = {record.clip: record for record in corpus}, params.plan(), []
     for clip in progress(spoken_clips(store, params.sets[:1], params.clips), f'robustness {name}'):
-        if clip.name not in records: raise InputError(f"clip {clip.name} of the store is not in the corpus {corpus.name}; rerun prepare")
-        for s, how, level, landmarks, metric, value, n in _clip_scores(experts, Source(records[clip.name], clip), plan, params.every):
+        if clip.name not in records:
+            raise InputError(f"clip {clip.name} of the store is not in the corpus {corpus.name}; rerun prepare")
+        for s, how, level, landmarks, metric, value, n in _clip_scores(experts, Source(records[clip.name], clip), plan,
+                                                                       params.every):
             rows.append((profile, name, network, s, clip.split, clip.name, how, level, landmarks, metric, value, n))
     return pd.DataFrame(rows, columns=list(ROBUSTNESS_FIELDS))
 
@@ -347,14 +353,15 @@ def evaluate_robustness(expert,                  # a `SyncExpert` in evaluation 
 CURVE_FIELDS = ('profile', 'expert', 'network', 'seed', 'set', 'clip', 'position', 'seconds', 'speech', 'cosine', 'wrong')
 
 def _wrong(table: np.ndarray, speech: np.ndarray) -> np.ndarray:
-    "(n,) cosine of each spoken position with the sound half of the speech away; NaN in silence and where that is nearer than five frames."
+    "(n,) cosine of each spoken position with the sound half of the speech away; NaN in silence and less than five frames away."
     at = np.flatnonzero(speech); away = np.roll(at, -(len(at)//2)); far = np.abs(away - at) >= SPAN
     wrong = np.full(len(table), np.nan); wrong[at[far]] = table[at[far], away[far]]
     return wrong
 
 def _curve(expert, clip):
     "Per position of a clip: number, seconds, speech, cosine of the true pair and of a wrong one."
-    table = pair_table(expert, *embed_stored(expert, clip)); here = np.arange(len(table)); speech = speech_positions(clip)[:len(table)]
+    table = pair_table(expert, *embed_stored(expert, clip)); here = np.arange(len(table))
+    speech = speech_positions(clip)[:len(table)]
     return zip(here, (here/FPS).round(3), speech, np.diag(table).round(5), _wrong(table, speech).round(5))
 
 def ground_truth_curves(expert, name: str, store, params: RobustnessParams,    # as for `evaluate_robustness`
@@ -379,13 +386,15 @@ def read_table(*paths: str | Path):   # DataFrame of rows or curves
     import pandas as pd
     for path in paths:
         if not Path(path).is_file(): raise InputError(f"no such file: {path}; run the stage evaluate_robustness that writes it")
-    table = pd.concat([pd.read_csv(path, keep_default_na=False, na_values=[''], dtype={'clip': str, 'profile': str}) for path in paths], ignore_index=True)
+    table = pd.concat([pd.read_csv(path, keep_default_na=False, na_values=[''], dtype={'clip': str, 'profile': str})
+                       for path in paths], ignore_index=True)
     if tuple(table) not in (ROBUSTNESS_FIELDS, CURVE_FIELDS): raise InputError(f"{paths[0]}: unknown columns {', '.join(table)}")
     if (found := table['profile'].nunique()) > 1: raise InputError(f"rows of {found} profiles must not mix; read them apart")
     return table
 
 # %% ../nbs/09_robustness.ipynb #6a030b76
-EXPERT_LABELS = {'syncnet': 'SyncNet', 'avsyncnet': 'AVSyncNet', 'avhubert': 'AV-HuBERT', 'avhubert_contrast': 'AV-HuBERT + contrast',
+EXPERT_LABELS = {'syncnet': 'SyncNet', 'avsyncnet': 'AVSyncNet', 'avhubert': 'AV-HuBERT',
+                 'avhubert_contrast': 'AV-HuBERT + contrast',
                  'syncnet_v2': 'SyncNet v2', 'judge': 'Judge'}
 
 def in_order(names) -> list[str]:
@@ -394,11 +403,12 @@ def in_order(names) -> list[str]:
     return sorted(set(names), key=lambda n: (known.index(n) if n in known else len(known), n))
 
 def _clip_sums(curves) -> tuple[np.ndarray, list]:
-    "Per seed and clip (S,C,8): count and sums of cosine, square, share below .5, wrong, its count, loss, its square; and the clips."
+    "Per seed and clip (S,C,8): count, sums of cosine, square, share below .5, wrong, its count, loss, its square; and the clips."
     spoken = curves[curves['speech'].astype(bool)]
     loss = sync_loss(spoken['cosine'].to_numpy())
     parts = spoken[['seed', 'clip']].assign(n=1., x=spoken['cosine'], xx=spoken['cosine']**2, below=spoken['cosine'] < .5,
-                                            wrong=spoken['wrong'].fillna(0), wrongs=spoken['wrong'].notna(), loss=loss, loss2=loss**2)
+                                            wrong=spoken['wrong'].fillna(0), wrongs=spoken['wrong'].notna(), loss=loss,
+                                            loss2=loss**2)
     sums = parts.groupby(['seed', 'clip'])[['n', 'x', 'xx', 'below', 'wrong', 'wrongs', 'loss', 'loss2']].sum()
     if sums.index.nunique() != (seeds := sums.index.levels[0]).size*(clips := sums.index.levels[1]).size:
         raise InputError("the seeds of an expert were not measured on the same clips; run evaluate_robustness again")
@@ -488,9 +498,12 @@ def _draw_truth(ax, side, shown, own, stats, quantity: str, letter: str, top: fl
     bins = np.linspace(0, top, 41) if loss else np.linspace(-1, 1, 61)
     speech = own[own['speech'].astype(bool)]
     side.hist(change(speech['cosine']), bins=bins, orientation='horizontal', density=True, color=style['color'], alpha=.7)
-    if not loss: side.hist(speech['wrong'].dropna(), bins=bins, orientation='horizontal', density=True, color='#777777', histtype='step', ls=(0, (1, 1)))
+    if not loss:
+        side.hist(speech['wrong'].dropna(), bins=bins, orientation='horizontal', density=True, color='#777777', histtype='step',
+                  ls=(0, (1, 1)))
     told = f"mean {mean:.2f}, sd {sd:.2f}, {stats['below']:.0%} " + ('above ln 2' if loss else 'below 0.5')
-    ax.set_title(f"({letter}) {expert_label(name)}: {'loss' if loss else 'cosine'}"); side.set_title(told, loc='right', weight='normal', fontsize=8)
+    ax.set_title(f"({letter}) {expert_label(name)}: {'loss' if loss else 'cosine'}")
+    side.set_title(told, loc='right', weight='normal', fontsize=8)
     ax.margins(x=.01); ax.set_ylabel('sync loss' if loss else 'cosine')
     side.set(xticks=[]); side.grid(False); side.tick_params(labelleft=False)
 
@@ -522,8 +535,11 @@ def ground_truth_figure(curves,                 # of one expert or several
 def _truth_print(curves, stats) -> list[str]:
     "What lines, bands and numbers of the figure are."
     first = ' of the first training' if curves['seed'].nunique() > 1 else ''
-    return [networks_line(curves), f"Coloured: true pairs{first}; grey dots: the same lips with sound half of the speech away. Dashed line, band, numbers: mean ± sd of",
-            f"{stats.positions} positions with speech in {stats.clips} clips of the sets {', '.join(curves['set'].unique())}; right: their distribution."]
+    sets = ', '.join(curves['set'].unique())
+    return [networks_line(curves),
+            f"Coloured: true pairs{first}; grey dots: the same lips with sound half of the speech away. "
+            "Dashed line, band, numbers: mean ± sd of",
+            f"{stats.positions} positions with speech in {stats.clips} clips of the sets {sets}; right: their distribution."]
 
 def _footer(fig, lines: list, title: str = '') -> None:
     "Title above and small print under a figure."
@@ -533,15 +549,17 @@ def _footer(fig, lines: list, title: str = '') -> None:
 # %% ../nbs/09_robustness.ipynb #5081a567
 def response_table(rows,               # of `evaluate_robustness`, of one expert or several
                    metric: str,        # of METRIC_LABELS
-                   seed: int = 0):     # DataFrame expert, perturbation, landmarks, level, metric, mean, sd, low, high, n, seeds, ...
+                   seed: int = 0):     # DataFrame expert, perturbation, landmarks, level, metric, mean, sd, low, high, n, seeds
     "Mean, spread and interval over clips of one metric at every level of every perturbation."
     import pandas as pd
     if metric not in METRIC_LABELS: raise unknown_key(metric, METRIC_LABELS, 'metric')
     out = []
     for key, group in rows[rows['metric'] == metric].groupby(['expert', 'perturbation', 'landmarks', 'level'], sort=False):
         clips, seeds = (group.groupby(by)['value'].mean() for by in ('clip', 'seed'))
-        out.append((*key, metric, clips.mean(), clips.std(), *bootstrap_interval(clips, seed, '/'.join(map(str, key))), len(clips), len(seeds), seeds.min(), seeds.max()))
-    return pd.DataFrame(out, columns=['expert', 'perturbation', 'landmarks', 'level', 'metric', 'mean', 'sd', 'low', 'high', 'n', 'seeds', 'seed_low', 'seed_high'])
+        out.append((*key, metric, clips.mean(), clips.std(), *bootstrap_interval(clips, seed, '/'.join(map(str, key))),
+                    len(clips), len(seeds), seeds.min(), seeds.max()))
+    return pd.DataFrame(out, columns=['expert', 'perturbation', 'landmarks', 'level', 'metric', 'mean', 'sd', 'low', 'high', 'n',
+                                      'seeds', 'seed_low', 'seed_high'])
 
 ORDINAL = ('jpeg', 'h264', 'noise', 'brightness')      # levels at equal steps of an axis: no scale of theirs is linear to the eye
 
@@ -549,7 +567,8 @@ def _axis(how: Perturbation, levels) -> tuple[dict, list[str] | None]:
     "Where each level stands on an axis, and the labels of the ticks if they are not numbers."
     levels = sorted(set(map(float, levels)), reverse=bool(np.isinf(how.neutral)))
     if how.name not in ORDINAL: return {v: v for v in levels}, None
-    return {v: i for i, v in enumerate(levels)}, ['none' if v == how.neutral and how.name != 'brightness' else f'{v:g}' for v in levels]
+    names = ['none' if v == how.neutral and how.name != 'brightness' else f'{v:g}' for v in levels]
+    return {v: i for i, v in enumerate(levels)}, names
 
 # %% ../nbs/09_robustness.ipynb #f5eefcf0
 def _draw_lines(ax, table, how: Perturbation, name: str, faint: bool) -> None:
@@ -558,7 +577,8 @@ def _draw_lines(ax, table, how: Perturbation, name: str, faint: bool) -> None:
     style = expert_style(name)
     if faint: ax.plot(table['at'], table['mean'], color=style['color'], lw=.9, alpha=.9, linestyle=style['linestyle']); return
     ax.fill_between(table['at'], table['low'], table['high'], color=style['color'], alpha=.16, lw=0)
-    if table['seeds'].max() > 1: ax.vlines(table['at'], table['seed_low'], table['seed_high'], color=style['color'], lw=2.2, alpha=.7, ls='-')
+    if table['seeds'].max() > 1:
+        ax.vlines(table['at'], table['seed_low'], table['seed_high'], color=style['color'], lw=2.2, alpha=.7, ls='-')
     ax.plot(table['at'], table['mean'], **style, lw=1.5, ms=3.4, mec='white', mew=.4, label=expert_label(name))
 
 def _draw_response(ax, table, perturbation: str, landmarks: str, found_too: bool) -> None:
@@ -569,7 +589,8 @@ def _draw_response(ax, table, perturbation: str, landmarks: str, found_too: bool
     for name in in_order(part['expert']):
         own = part[part['expert'] == name]
         _draw_lines(ax, own[own['landmarks'] == landmarks], how, name, False)
-        if found_too and landmarks == 'kept' and (own['landmarks'] == 'found').any(): _draw_lines(ax, own[own['landmarks'] == 'found'], how, name, True)
+        if found_too and landmarks == 'kept' and (own['landmarks'] == 'found').any():
+            _draw_lines(ax, own[own['landmarks'] == 'found'], how, name, True)
     ax.set_xlabel(how.unit)
     if ticks: ax.set_xticks(list(at.values()), ticks)
 
@@ -581,18 +602,21 @@ def response_figure(rows,                # of several experts
     "Score against level, one panel for each entry, with 95 % bands over clips."
     import pandas as pd
     for name, *_ in panels:
-        if name not in set(rows['perturbation']): raise InputError(f"no rows of {name!r}; there are {', '.join(rows['perturbation'].unique())}")
+        if name not in set(rows['perturbation']):
+            raise InputError(f"no rows of {name!r}; there are {', '.join(rows['perturbation'].unique())}")
     used = rows[rows['perturbation'].isin({name for name, *_ in panels})]
     tables = {m: response_table(used, m, seed) for m in dict.fromkeys(m for *_, m in panels)}
     count = -(-len(panels)//columns)
     with plotting() as plt:
-        fig, axes = plt.subplots(count, columns, figsize=(width, 1.75*count + .75), layout='constrained', squeeze=False); plt.close(fig)
+        fig, axes = plt.subplots(count, columns, figsize=(width, 1.75*count + .75), layout='constrained', squeeze=False)
+        plt.close(fig)
         for i, (ax, panel) in enumerate(zip(axes.flat, panels)):
             _draw_response(ax, tables[panel[2]], *panel[:2], found_too); _name_panel(ax, panels, i, columns, found_too)
         for ax in axes.flat[len(panels):]: ax.set_axis_off()
         _equal_axes(axes, panels)
         _legend(fig, axes.flat[0]); _footer(fig, _small_print(rows, tables, panels, found_too), title)
-    return fig, pd.concat(tables.values(), ignore_index=True).merge(_used(panels, found_too), on=['perturbation', 'landmarks', 'metric'])
+    table = pd.concat(tables.values(), ignore_index=True)
+    return fig, table.merge(_used(panels, found_too), on=['perturbation', 'landmarks', 'metric'])
 
 # %% ../nbs/09_robustness.ipynb #75d69cb2
 def metric_axis(metric: str) -> str:
@@ -627,17 +651,22 @@ def _legend(fig, ax) -> None:
 def _small_print(rows, tables, panels, found_too: bool) -> list[str]:
     "What the numbers of a response figure stand on."
     table = next(iter(tables.values()))
-    lines = [networks_line(rows), f"Mean over {table['n'].max()} clips of the set {', '.join(rows['set'].unique())}, positions with speech; band: 95 % interval over clips. "
+    lines = [networks_line(rows),
+             f"Mean over {table['n'].max()} clips of the set {', '.join(rows['set'].unique())}, positions with speech; "
+             "band: 95 % interval over clips. "
              "Grey bar: nothing changed." + (' Coloured bars: lowest and highest training.' if table['seeds'].max() > 1 else '')]
     ways = {how for n, how, _ in panels if PERTURBATIONS[n].changes == 'geometry'} | ({'found'} if found_too else set())
-    told = {'kept': 'landmarks kept: crop and alignment stay where they were.', 'found': 'landmarks found: they follow the face exactly (an ideal detector).'}
-    if ways: lines.append(' '.join((('Thick: ', 'Thin: ')[w == 'found'] if found_too else '') + told[w] for w in LANDMARKS if w in ways))
+    told = {'kept': 'landmarks kept: crop and alignment stay where they were.',
+            'found': 'landmarks found: they follow the face exactly (an ideal detector).'}
+    if ways:
+        lines.append(' '.join((('Thick: ', 'Thin: ')[w == 'found'] if found_too else '') + told[w]
+                              for w in LANDMARKS if w in ways))
     return lines
 
 # %% ../nbs/09_robustness.ipynb #94ce46b3
 def summary_table(rows,                 # of several experts
                   seed: int = 0):       # DataFrame expert, perturbation, landmarks, value, low, high, n
-    "Normalised area under the AUC curve of every expert and perturbation; AUC without change; share of clips that peak at no delay."
+    "Normalised area under the AUC curve by expert and perturbation; AUC without change; share of clips that peak at no delay."
     import pandas as pd
     out, auc_rows = [], rows[rows['metric'] == 'auc']
     neutral = auc_rows['level'] == auc_rows['perturbation'].map({n: p.neutral for n, p in PERTURBATIONS.items()})
@@ -645,22 +674,25 @@ def summary_table(rows,                 # of several experts
         clips = group.groupby('clip')['value'].mean()
         out.append((*key, clips.mean(), *bootstrap_interval(clips, seed, '/'.join(key)), len(clips)))
     for name, group in auc_rows[neutral].groupby('expert', sort=False): add(group, (name, 'none', 'kept'))
-    for key, group in auc_rows[~neutral & (auc_rows['perturbation'] != 'offset')].groupby(['expert', 'perturbation', 'landmarks'], sort=False): add(group, key)
+    changed = auc_rows[~neutral & (auc_rows['perturbation'] != 'offset')]
+    for key, group in changed.groupby(['expert', 'perturbation', 'landmarks'], sort=False): add(group, key)
     delays = rows[(rows['perturbation'] == 'offset') & (rows['metric'] == 'cosine')]
     for name, group in delays.groupby('expert', sort=False):
         curve = group.pivot_table(index='clip', columns='level', values='value')
-        add(pd.DataFrame(dict(clip=curve.index, value=(np.abs(curve.idxmax(axis=1)) <= 1).astype(float).to_numpy())), (name, 'offset', 'kept'))
+        peaks = (np.abs(curve.idxmax(axis=1)) <= 1).astype(float).to_numpy()
+        add(pd.DataFrame(dict(clip=curve.index, value=peaks)), (name, 'offset', 'kept'))
     return pd.DataFrame(out, columns=['expert', 'perturbation', 'landmarks', 'value', 'low', 'high', 'n'])
 
 # %% ../nbs/09_robustness.ipynb #e871eba6
-_SHORT = dict(none='no\nchange', shift_x='shift\nx', shift_y='shift\ny', jpeg='JPEG', h264='H.264', brightness='bright-\nness', noise='noise',
-              offset='peak at\nno delay')
+_SHORT = dict(none='no\nchange', shift_x='shift\nx', shift_y='shift\ny', jpeg='JPEG', h264='H.264', brightness='bright-\nness',
+              noise='noise', offset='peak at\nno delay')
 
 def _heat_columns(table) -> list[tuple]:
     "(group, perturbation, landmarks) in the order of the map."
     present, groups = set(zip(table['perturbation'], table['landmarks'])), []
     names = lambda kind: [n for n, p in PERTURBATIONS.items() if p.changes == kind and n != 'offset']
-    for title, how, keys in (('', 'kept', ['none']), ('landmarks kept', 'kept', names('geometry')), ('landmarks found', 'found', names('geometry')),
+    for title, how, keys in (('', 'kept', ['none']), ('landmarks kept', 'kept', names('geometry')),
+                             ('landmarks found', 'found', names('geometry')),
                              ('picture', 'kept', names('picture')), ('sound', 'kept', [*names('sound'), 'offset'])):
         groups += [(title, k, how) for k in keys if (k, how) in present]
     return groups
@@ -682,20 +714,25 @@ def summary_figure(rows, title: str = '', seed: int = 0) -> tuple:    # figure, 
         fig, ax = plt.subplots(figsize=(9., .42*len(names) + 1.75), layout='constrained'); plt.close(fig)
         for group, key, how in columns:
             x += .25*(before not in (None, group)) + .25*(key == 'offset')
-            for y, name in enumerate(names): _heat_cell(ax, x, y, value.get((name, key, how), np.nan), key == 'offset', plt.get_cmap('cividis'))
+            for y, name in enumerate(names):
+                _heat_cell(ax, x, y, value.get((name, key, how), np.nan), key == 'offset', plt.get_cmap('cividis'))
             ax.text(x + .48, len(names) + .12, _SHORT.get(key, key), ha='center', va='top', fontsize=8)
             if group != before: ax.text(x, -.12, group, ha='left', va='bottom', fontsize=8, color=QUIET_INK)
             x, before = x + 1, group
         for y, name in enumerate(names): ax.text(-.15, y + .46, expert_label(name), ha='right', va='center', fontsize=9)
         ax.set(xlim=(-1.2, x), ylim=(len(names) + .9, -.6)); ax.set_axis_off()
-        _footer(fig, [networks_line(rows), f"ROC AUC of true against wrong pairs, mean over the levels of each perturbation and {table['n'].max()} clips: "
-                      '1 is best, 0.5 is a guess (dark).', 'Last column: share of clips whose mean cosine is highest at a delay of 0 ± 1 frames.'], title)
+        _footer(fig, [networks_line(rows),
+                      'ROC AUC of true against wrong pairs, mean over the levels of each perturbation '
+                      f"and {table['n'].max()} clips: "
+                      '1 is best, 0.5 is a guess (dark).',
+                      'Last column: share of clips whose mean cosine is highest at a delay of 0 ± 1 frames.'], title)
     return fig, table
 
 # %% ../nbs/09_robustness.ipynb #14a6ba8b
 MEASURES = {'sd': 'sd of the cosine', 'cv': 'sd / mean of the cosine', 'relative': 'sd / (mean of true - mean of wrong pairs)',
             'below': 'share of true pairs below 0.5',
-            'cosine': 'relative fall of the cosine', 'loss': 'rise of the loss', 'loss_relative': 'relative rise of the loss', 'auc': 'share of AUC - 0.5 that is lost'}
+            'cosine': 'relative fall of the cosine', 'loss': 'rise of the loss', 'loss_relative': 'relative rise of the loss',
+            'auc': 'share of AUC - 0.5 that is lost'}
 
 @dataclass(frozen=True)
 class Claim:
@@ -711,21 +748,26 @@ class Claim:
 
 _STEADY, _RESPONSE = ('sd', 'relative', 'cv', 'below'), ('loss', 'auc', 'loss_relative', 'cosine')
 CLAIMS = (
-    Claim('AVSyncNet is steadier than SyncNet on ground truth', 'A', 'avsyncnet', 'syncnet', _STEADY, reported=('expert', 'lse_c_variance')),
-    Claim('AVSyncNet is more shift invariant than SyncNet', 'A', 'avsyncnet', 'syncnet', ('cosine', 'auc', 'loss'), 'shift_x', 'kept'),
+    Claim('AVSyncNet is steadier than SyncNet on ground truth', 'A', 'avsyncnet', 'syncnet', _STEADY,
+          reported=('expert', 'lse_c_variance')),
+    Claim('AVSyncNet is more shift invariant than SyncNet', 'A', 'avsyncnet', 'syncnet', ('cosine', 'auc', 'loss'),
+          'shift_x', 'kept'),
     Claim('AV-HuBERT is steadier than SyncNet on ground truth', 'B', 'avhubert', 'syncnet', _STEADY),
     Claim('AV-HuBERT is steadier than AVSyncNet on ground truth', 'B', 'avhubert', 'avsyncnet', _STEADY),
     Claim('AV-HuBERT bears horizontal shift better than SyncNet', 'B', 'avhubert', 'syncnet', _RESPONSE, 'shift_x', 'kept'),
     Claim('AV-HuBERT bears rotation better than SyncNet', 'B', 'avhubert', 'syncnet', _RESPONSE, 'rotation', 'kept'),
-    Claim('AV-HuBERT bears rotation better than SyncNet, landmarks found again', 'B', 'avhubert', 'syncnet', _RESPONSE, 'rotation', 'found'))
+    Claim('AV-HuBERT bears rotation better than SyncNet, landmarks found again', 'B', 'avhubert', 'syncnet', _RESPONSE,
+          'rotation', 'found'))
 # the same of the reader with the contrastive term, which is ours
-CLAIMS += tuple(replace(c, text=c.text.replace('AV-HuBERT', 'AV-HuBERT + contrast'), first='avhubert_contrast', paper='ours') for c in CLAIMS if c.first == 'avhubert')
+CLAIMS += tuple(replace(c, text=c.text.replace('AV-HuBERT', 'AV-HuBERT + contrast'), first='avhubert_contrast', paper='ours')
+                for c in CLAIMS if c.first == 'avhubert')
 
 # %% ../nbs/09_robustness.ipynb #46883984
 def _steadiness(curves, names: tuple, seed: int) -> tuple[list, list, int, int]:
     "Per expert: statistics, and their bootstrap draws on the same clips; clips and seeds."
     sums = [_clip_sums(curves[curves['expert'] == n]) for n in names]
-    if sums[0][1] != sums[1][1]: raise InputError(f"the curves of {' and '.join(names)} are of different clips; run evaluate_robustness again")
+    if sums[0][1] != sums[1][1]:
+        raise InputError(f"the curves of {' and '.join(names)} are of different clips; run evaluate_robustness again")
     values = [{k: float(np.mean(v)) for k, v in _spread(s.sum(1)).items()} for s, _ in sums]
     return values, [_spread_draws(s, seed) for s, _ in sums], len(sums[0][1]), min(len(s) for s, _ in sums)
 
@@ -737,16 +779,19 @@ def _changes(base: dict, rest: dict) -> dict:
 
 def _response(rows, names: tuple, claim: Claim, seed: int) -> tuple[list, list, int, int]:
     "As `_steadiness`, of the changes under a perturbation."
-    part, values, draws, clips = rows[(rows['perturbation'] == claim.perturbation) & (rows['landmarks'] == claim.landmarks)], [], [], []
+    part = rows[(rows['perturbation'] == claim.perturbation) & (rows['landmarks'] == claim.landmarks)]
+    values, draws, clips = [], [], []
     neutral = float(PERTURBATIONS[claim.perturbation].neutral)
     for name in names:
         own = part[part['expert'] == name].pivot_table(index='clip', columns=['metric', 'level'], values='value')
         base = {m: own[m][neutral].to_numpy() for m in ('cosine', 'loss', 'auc')}
         rest = {m: own[m].drop(columns=neutral).mean(axis=1).to_numpy() for m in base}
         picks = _picks(len(own), seed); clips.append(list(own.index))
-        values.append({k: float(v) for k, v in _changes(*({m: v.mean() for m, v in side.items()} for side in (base, rest))).items()})
+        means = _changes(*({m: v.mean() for m, v in side.items()} for side in (base, rest)))
+        values.append({k: float(v) for k, v in means.items()})
         draws.append(_changes(*({m: v[picks].mean(1) for m, v in side.items()} for side in (base, rest))))
-    if clips[0] != clips[1]: raise InputError(f"the rows of {' and '.join(names)} are of different clips; run evaluate_robustness again")
+    if clips[0] != clips[1]:
+        raise InputError(f"the rows of {' and '.join(names)} are of different clips; run evaluate_robustness again")
     return values, draws, len(clips[0]), min(part[part['expert'] == n]['seed'].nunique() for n in names)
 
 def _reported(claim: Claim) -> str:
@@ -755,11 +800,12 @@ def _reported(claim: Claim) -> str:
     if not claim.reported: return ''
     try: known = published(paper='stabilized_sync', table=claim.reported[0], metric=claim.reported[1]).set_index('row')['value']
     except InputError: return ''
-    return f"{claim.reported[1]} {known[claim.second]:g} to {known[claim.first]:g}" if {claim.first, claim.second} <= set(known.index) else ''
+    if not {claim.first, claim.second} <= set(known.index): return ''
+    return f"{claim.reported[1]} {known[claim.second]:g} to {known[claim.first]:g}"
 
 # %% ../nbs/09_robustness.ipynb #b6d14d70
-CLAIM_FIELDS = ('claim', 'paper', 'reported', 'measure', 'main', 'first', 'second', 'first_value', 'second_value', 'measured', 'low', 'high',
-                'verdict', 'note', 'n', 'profile', 'seeds')
+CLAIM_FIELDS = ('claim', 'paper', 'reported', 'measure', 'main', 'first', 'second', 'first_value', 'second_value', 'measured',
+                'low', 'high', 'verdict', 'note', 'n', 'profile', 'seeds')
 
 def verdict(low: float, high: float) -> str:
     "Of the interval of a difference that should be below zero."
@@ -770,12 +816,15 @@ def _claim_lines(claim: Claim, rows, curves, seed: int) -> list[dict]:
     names, there = (claim.first, claim.second), set(rows['expert'] if claim.perturbation else curves['expert'])
     told = dict(claim=claim.text, paper=claim.paper, reported=_reported(claim), first=claim.first, second=claim.second)
     measured = set(names) <= there and (not claim.perturbation or claim.perturbation in set(rows['perturbation']))
-    if measured: values, draws, n, seeds = _response(rows, names, claim, seed) if claim.perturbation else _steadiness(curves, names, seed)
-    lines = [dict(told, measure=MEASURES[m], main=m == claim.measures[0], verdict='not measured', note='', n=0, seeds=0) for m in claim.measures]
+    if measured:
+        values, draws, n, seeds = _response(rows, names, claim, seed) if claim.perturbation else _steadiness(curves, names, seed)
+    lines = [dict(told, measure=MEASURES[m], main=m == claim.measures[0], verdict='not measured', note='', n=0, seeds=0)
+             for m in claim.measures]
     if not measured: return lines
     for measure, line in zip(claim.measures, lines):
         (a, b), (low, high) = (v[measure] for v in values), interval(draws[0][measure] - draws[1][measure])
-        line |= dict(first_value=a, second_value=b, measured=a - b, low=low, high=high, verdict=verdict(low, high), n=n, seeds=seeds)
+        line |= dict(first_value=a, second_value=b, measured=a - b, low=low, high=high, verdict=verdict(low, high), n=n,
+                     seeds=seeds)
     if (found := [line['verdict'] for line in lines[:2]])[0] != found[-1]:
         lines[0] |= dict(verdict='undecided', note='; '.join(f"{line['measure']}: {v}" for line, v in zip(lines, found)))
     return lines
@@ -786,7 +835,8 @@ def robustness_claims(rows,                    # of `evaluate_robustness`, of al
     "What the papers say of their experts, measured: values, difference, 95 % interval over clips and verdict."
     import pandas as pd
     lines = [line for claim in claims for line in _claim_lines(claim, rows, curves, seed)]
-    return pd.DataFrame(lines).assign(profile=(list(rows['profile']) + list(curves['profile']))[0]).reindex(columns=list(CLAIM_FIELDS))
+    profile = (list(rows['profile']) + list(curves['profile']))[0]
+    return pd.DataFrame(lines).assign(profile=profile).reindex(columns=list(CLAIM_FIELDS))
 
 # %% ../nbs/09_robustness.ipynb #b2f87b99
 def claims_markdown(claims) -> str:    # of `robustness_claims`
@@ -798,9 +848,11 @@ def claims_markdown(claims) -> str:    # of `robustness_claims`
         for r in part.itertuples():
             gap = f'{number(r.measured)} [{number(r.low)}, {number(r.high)}]' if r.n else ''
             told, note = f' (reported: {r.reported})' if r.reported and r.main else '', f' ({r.note})' if r.note else ''
-            yield (f'| {r.claim}{told} | {r.paper} | {r.measure} | {expert_label(r.first)} {number(r.first_value)} | {expert_label(r.second)} '
-                   f'{number(r.second_value)} | {gap} | {r.n}, {r.seeds} | {r.verdict}{note} |')
+            yield (f'| {r.claim}{told} | {r.paper} | {r.measure} | {expert_label(r.first)} {number(r.first_value)} | '
+                   f'{expert_label(r.second)} {number(r.second_value)} | {gap} | {r.n}, {r.seeds} | {r.verdict}{note} |')
     main = claims['main'].astype(bool)
-    return '\n'.join([f"Profile {claims['profile'].iloc[0]}. Lower is better for every measure; 95 % bootstrap intervals over clips. A claim is "
+    return '\n'.join([f"Profile {claims['profile'].iloc[0]}. Lower is better for every measure; "
+                      '95 % bootstrap intervals over clips. A claim is '
                       'reproduced, or not, if its main and its scale-free measure agree on that.', '', *table(claims[main]), '',
-                      'The other measures of the same claims, each for itself; the scale-free one first:', '', *table(claims[~main]), ''])
+                      'The other measures of the same claims, each for itself; the scale-free one first:', '',
+                      *table(claims[~main]), ''])
