@@ -18,7 +18,8 @@ from .core import InputError, ParamsError, TalkingFaceError, read_json, reposito
 def _corpus(args) -> int:
     from talkingface.data.corpora import build_corpus, corpus_differences, corpus_spec, whole_corpus
     if args.action == 'build':
-        print(f'{len(build_corpus(args.out, corpus_spec(_yaml(args.spec)), args.seed, args.workers))} clips in {args.out}'); return 0
+        print(f'{len(build_corpus(args.out, corpus_spec(_yaml(args.spec)), args.seed, args.workers))} clips in {args.out}')
+        return 0
     whole_corpus(args.root); print(f'{args.root}: every file is what the manifest says')
     if not args.rebuild: return 0
     import tempfile
@@ -26,7 +27,8 @@ def _corpus(args) -> int:
         build_corpus(Path(folder)/'corpus', corpus_spec(_yaml(args.spec)), args.seed, args.workers)
         differing = corpus_differences(args.root, Path(folder)/'corpus')
     print('rebuilt: the bytes equal the tracked ones' if not differing else
-          f"rebuilt: {len(differing)} files differ from the tracked ones (another CPU or library version?): {', '.join(differing[:8])}")
+          f"rebuilt: {len(differing)} files differ from the tracked ones (another CPU or library version?): "
+          f"{', '.join(differing[:8])}")
     return 0 if not differing else 1
 
 def _yaml(text: str | None) -> dict:
@@ -62,13 +64,17 @@ def _weights(args) -> int:
     from talkingface.experts.checkpoints import convert_weights, weights_table
     if args.action == 'convert':
         if not args.file or not args.out:
-            raise InputError("weights convert: expected FILE and --out FOLDER, e.g. weights convert lipsync_expert.pth --out weights/syncnet")
+            raise InputError("weights convert: expected FILE and --out FOLDER, "
+                             "e.g. weights convert lipsync_expert.pth --out weights/syncnet")
         print(f'{convert_weights(args.file, args.out)}: model.safetensors and meta.json'); return 0
     rows = weights_table(args.folder); here = sum(row['present'] for row in rows)
-    print(f"{here} of {len(rows)} known files in {rows[0]['folder']}; put others there, or point TALKINGFACE_WEIGHTS to their folder")
+    print(f"{here} of {len(rows)} known files in {rows[0]['folder']}; "
+          "put others there, or point TALKINGFACE_WEIGHTS to their folder")
     for row in rows:
-        size = f"{row['bytes']/1e6:.0f} MB, sha256 {row['sha256']}" if row['present'] else f"absent, {row['megabytes'] or '<1'} MB"
-        print(f"\n{row['name']}: {size}\n    {row['expert']}: {row['what']}\n    licence: {row['licence']}\n    from: {row['source']}")
+        size = (f"{row['bytes']/1e6:.0f} MB, sha256 {row['sha256']}" if row['present']
+                else f"absent, {row['megabytes'] or '<1'} MB")
+        print(f"\n{row['name']}: {size}\n    {row['expert']}: {row['what']}\n"
+              f"    licence: {row['licence']}\n    from: {row['source']}")
     return 0
 
 
@@ -80,20 +86,23 @@ def _train(args) -> int:
     store, values = ClipStore(args.store), {'device': args.device, **_yaml(args.params)}
     change = 'restart' if args.restart else 'refuse'
     if args.what == 'expert': print(experts.train_expert(store, typed(experts.ExpertParams, values), args.out, on_change=change))
-    elif args.what == 'landmarker': print(experts.train_landmarker(store, typed(experts.LandmarkParams, values), args.out, on_change=change))
+    elif args.what == 'landmarker':
+        print(experts.train_landmarker(store, typed(experts.LandmarkParams, values), args.out, on_change=change))
     else:
         from talkingface.experts.checkpoints import build_expert
         from talkingface.weights import load_model
-        row = typed(generators.Row, _yaml(args.row)); expert = load_model(args.expert, build_expert, args.device) if args.expert else None
-        print(generators.train_generator(store, row, typed(generators.GeneratorParams, values), args.out, expert, on_change=change))
+        row = typed(generators.Row, _yaml(args.row))
+        expert = load_model(args.expert, build_expert, args.device) if args.expert else None
+        print(generators.train_generator(store, row, typed(generators.GeneratorParams, values), args.out, expert,
+                                         on_change=change))
     return 0
 
 def _generate(args) -> int:
     from talkingface.dubbing import dub
     from talkingface.generators.base import build_generator
     from talkingface.weights import load_model
-    print(dub(args.video, args.audio, load_model(args.generator, build_generator, args.device), _tracker(args.tracker, args.device),
-              args.out, args.reference, args.seed))
+    print(dub(args.video, args.audio, load_model(args.generator, build_generator, args.device),
+              _tracker(args.tracker, args.device), args.out, args.reference, args.seed))
     return 0
 
 # %% ../nbs/13_cli.ipynb #e7f4172b
@@ -109,7 +118,8 @@ def _evaluate(args) -> int:
     if args.generated and scorers.sync: _independent(scorers.sync, Path(args.generated)/'meta.json')
     rows = evaluate_method(method, faces, clips, scorers, args.profile, args.seed, args.metrics)
     write_rows(args.out, rows); print(summarise(rows).to_string(index=False))
-    for reason, count in Counter(r['reason'] for r in rows if r['value'] is None).items(): print(f'no value for {count} rows: {reason}')
+    for reason, count in Counter(r['reason'] for r in rows if r['value'] is None).items():
+        print(f'no value for {count} rows: {reason}')
     return 0 if any(r['value'] is not None for r in rows) else 1
 
 def _independent(scorer, meta: Path) -> None:
@@ -151,63 +161,83 @@ def _common(parser, *names):
     if 'device' in names: parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     if 'seed' in names: parser.add_argument('--seed', type=int, default=0)
     if 'workers' in names: parser.add_argument('--workers', type=int, help='processes (default: one per core)')
-    if 'tracker' in names: parser.add_argument('--tracker', choices=['stored', 'face-alignment'], default='stored', help='where landmarks come from')
+    if 'tracker' in names:
+        parser.add_argument('--tracker', choices=['stored', 'face-alignment'], default='stored', help='where landmarks come from')
     if 'profile' in names: parser.add_argument('--profile', default='demo', help='name of the profile (default: demo)')
 
 def _data_commands(add) -> None:
     p = add('corpus', _corpus, 'build the rendered corpus, or check it'); p.add_argument('action', choices=['build', 'check'])
-    p.add_argument('--out', default='corpus', help='folder to build into'); p.add_argument('--root', default='data/corpus', help='folder to check')
+    p.add_argument('--out', default='corpus', help='folder to build into')
+    p.add_argument('--root', default='data/corpus', help='folder to check')
     p.add_argument('--spec', help="changes of the specification, e.g. '{train: {identities: 8}}'")
-    p.add_argument('--rebuild', action='store_true', help='check: build it again and compare the bytes'); _common(p, 'seed', 'workers')
-    p = add('prepare', _prepare, 'turn a corpus or a folder of videos into a clip store'); p.add_argument('--corpus', required=True, help='folder')
+    p.add_argument('--rebuild', action='store_true', help='check: build it again and compare the bytes')
+    _common(p, 'seed', 'workers')
+    p = add('prepare', _prepare, 'turn a corpus or a folder of videos into a clip store')
+    p.add_argument('--corpus', required=True, help='folder')
     p.add_argument('--out', required=True); p.add_argument('--size', type=int, default=96, help='side of the face crops, px')
     p.add_argument('--boxes', choices=['boxes', 'boxes_jittered'], default='boxes'); _common(p, 'device', 'workers', 'tracker')
-    p = add('doctor', _doctor, 'say whether a corpus is fit for training: rates, lengths, faces, silence, splits, sync; status 1 if it is not')
+    p = add('doctor', _doctor,
+            'say whether a corpus is fit for training: rates, lengths, faces, silence, splits, sync; status 1 if it is not')
     p.add_argument('corpus', help='folder of videos, or of a prepared store')
-    p.add_argument('--expert', help='finds the offset between lips and sound: folder of a trained expert, a name with published weights, or loudness')
-    p.add_argument('--limit', type=int, default=200, help='clips to look at, evenly spread (0: all)'); p.add_argument('--json', help='write everything here')
-    p.add_argument('--any-rate', action='store_true', help='frame rates other than 25 are only a warning'); _common(p, 'device', 'tracker')
+    p.add_argument('--expert', help='finds the offset between lips and sound: '
+                                    'folder of a trained expert, a name with published weights, or loudness')
+    p.add_argument('--limit', type=int, default=200, help='clips to look at, evenly spread (0: all)')
+    p.add_argument('--json', help='write everything here')
+    p.add_argument('--any-rate', action='store_true', help='frame rates other than 25 are only a warning')
+    _common(p, 'device', 'tracker')
 
 # %% ../nbs/13_cli.ipynb #b395ba1c
 def _model_commands(add) -> None:
     p = add('train', _train, 'train an expert, the mouth landmarker or a generator on a clip store')
-    p.add_argument('what', choices=['expert', 'landmarker', 'generator']); p.add_argument('--store', required=True); p.add_argument('--out', required=True)
+    p.add_argument('what', choices=['expert', 'landmarker', 'generator'])
+    p.add_argument('--store', required=True); p.add_argument('--out', required=True)
     p.add_argument('--params', help="settings, e.g. '{steps: 900, lr: 1.0e-3}'"); _common(p, 'device')
-    p.add_argument('--row', help="generator: e.g. '{generator: {name: light}, losses: {pixel: 1.0}}'"); p.add_argument('--expert', help='generator: folder of the expert')
+    p.add_argument('--row', help="generator: e.g. '{generator: {name: light}, losses: {pixel: 1.0}}'")
+    p.add_argument('--expert', help='generator: folder of the expert')
     p.add_argument('--restart', action='store_true', help='remove a run of other settings in the folder')
     p = add('generate', _generate, 'dub a video: a face and a speech become a video of the same length')
     for name in ('video', 'audio', 'generator', 'out'): p.add_argument(f'--{name}', required=True)
-    p.add_argument('--reference', default='random', help='frame that shows who the person is: random, fixed, first or closed'); _common(p, 'device', 'seed', 'tracker')
-    p = add('evaluate', _evaluate, 'score generated faces against a clip store; tidy rows as CSV'); p.add_argument('--store', required=True)
-    p.add_argument('--generated', help='folder of generated faces (default: score the clips themselves)'); p.add_argument('--out', required=True, help='rows, .csv')
-    p.add_argument('--judge', help='folder of the expert that scores'); p.add_argument('--landmarker', help='folder of the mouth landmarker')
-    p.add_argument('--metrics', nargs='+'); p.add_argument('--sets', nargs='+', help='splits (default: all)'); p.add_argument('--method', help='name in the rows')
-    _common(p, 'device', 'seed', 'profile')
+    p.add_argument('--reference', default='random', help='frame that shows who the person is: random, fixed, first or closed')
+    _common(p, 'device', 'seed', 'tracker')
+    p = add('evaluate', _evaluate, 'score generated faces against a clip store; tidy rows as CSV')
+    p.add_argument('--store', required=True)
+    p.add_argument('--generated', help='folder of generated faces (default: score the clips themselves)')
+    p.add_argument('--out', required=True, help='rows, .csv')
+    p.add_argument('--judge', help='folder of the expert that scores')
+    p.add_argument('--landmarker', help='folder of the mouth landmarker')
+    p.add_argument('--metrics', nargs='+'); p.add_argument('--sets', nargs='+', help='splits (default: all)')
+    p.add_argument('--method', help='name in the rows'); _common(p, 'device', 'seed', 'profile')
 
 # %% ../nbs/13_cli.ipynb #86eaa9ae
 def _weight_commands(add) -> None:
     p = add('weights', _weights, 'list every known weights file and whether it is there, or convert one to safetensors')
-    p.add_argument('action', nargs='?', choices=['list', 'convert'], default='list'); p.add_argument('file', nargs='?', help='convert: the published file')
+    p.add_argument('action', nargs='?', choices=['list', 'convert'], default='list')
+    p.add_argument('file', nargs='?', help='convert: the published file')
     p.add_argument('--out', help='convert: folder for model.safetensors and meta.json')
     p.add_argument('--folder', help='list: where to look (default: TALKINGFACE_WEIGHTS, or the folder of torch.hub)')
 
 def _pipeline_commands(add) -> None:
     p = add('repro', _repro, 'bring every table and figure up to date, independent stages side by side')
-    p.add_argument('--profile', nargs='+', help='build these profiles (sets the line `run:` of params.yaml)'); p.add_argument('--jobs', type=int, help='stages at a time')
+    p.add_argument('--profile', nargs='+', help='build these profiles (sets the line `run:` of params.yaml)')
+    p.add_argument('--jobs', type=int, help='stages at a time')
     p.add_argument('--stages', nargs='+', help='only these stages and what they need, e.g. prepare')
-    p = add('stage', _stage, 'run one stage notebook (dvc.yaml calls this)'); p.add_argument('notebook'); p.add_argument('--name', required=True)
+    p = add('stage', _stage, 'run one stage notebook (dvc.yaml calls this)')
+    p.add_argument('notebook'); p.add_argument('--name', required=True)
     p.add_argument('--set', nargs='+', default=[], metavar='KEY=VALUE', help='parameters; @a.b takes a block of params.yaml')
-    p = add('real', _real, 'run the trained models on a folder of real clips with stored landmarks'); p.add_argument('--folder'); p.add_argument('--out')
-    _common(p, 'device', 'profile')
-    p = add('bench', _bench, 'measure speed, as ratios in one run'); p.add_argument('--seconds', type=float, default=8., help='per measurement'); _common(p, 'profile')
-    p.add_argument('--profile-only', action='store_true', help='leave out the experts at their published size, which take minutes')
+    p = add('real', _real, 'run the trained models on a folder of real clips with stored landmarks')
+    p.add_argument('--folder'); p.add_argument('--out'); _common(p, 'device', 'profile')
+    p = add('bench', _bench, 'measure speed, as ratios in one run')
+    p.add_argument('--seconds', type=float, default=8., help='per measurement'); _common(p, 'profile')
+    p.add_argument('--profile-only', action='store_true',
+                   help='leave out the experts at their published size, which take minutes')
 
 def build_parser() -> argparse.ArgumentParser:
     "The parser of the command line, with one sub-command for each thing that a person does."
     parser = argparse.ArgumentParser('talkingface', description='Audio-driven talking faces, reproducible.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def add(name, function, text):
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.'); sub.set_defaults(function=function); return sub
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
+        sub.set_defaults(function=function); return sub
     _data_commands(add); _model_commands(add); _weight_commands(add); _pipeline_commands(add)
     return parser
 
@@ -218,6 +248,10 @@ def main(argv: list[str] | None = None   # without the program's name; None take
     args = build_parser().parse_args(argv)
     try: return args.function(args)
     except TalkingFaceError as error: print(f'talkingface {args.command}: {error}', file=sys.stderr); return 1
-    except OSError as error: print(f'talkingface {args.command}: {error.strerror or error}: {error.filename or ""}; check the path, its permissions '
-                                   'and the free space, then run the command again', file=sys.stderr); return 1
-    except KeyboardInterrupt: print(f'talkingface {args.command}: interrupted; what was finished is kept, run it again to go on', file=sys.stderr); return 130
+    except OSError as error:
+        print(f'talkingface {args.command}: {error.strerror or error}: {error.filename or ""}; check the path, its permissions '
+              'and the free space, then run the command again', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'talkingface {args.command}: interrupted; what was finished is kept, run it again to go on', file=sys.stderr)
+        return 130
