@@ -183,10 +183,12 @@ def judge_lengths(rows: list[dict], limits: Limits) -> list[Finding]:
     ratio = np.array([r['sound_seconds']/r['picture_seconds'] for r in rows]); off = np.abs(ratio - 1) > limits.drift
     if not len(rows) or off.mean() <= limits.unusable_warn: return []
     if off.mean() > .5 and ratio[off].std() < limits.drift:
-        return [Finding('unfit', f"the sound lasts {np.median(ratio[off]):.3f} times as long as the picture in {off.sum()} of {len(rows)} "
-                        "clips: the pictures play at another speed than they were filmed at, or were cut",
+        return [Finding('unfit', f"the sound lasts {np.median(ratio[off]):.3f} times as long as the picture in "
+                        f"{off.sum()} of {len(rows)} clips: the pictures play at another speed than they "
+                        "were filmed at, or were cut",
                         "encode them again with the true frame rate, or cut the sound alike")]
-    return [Finding('warning', f"sound and picture differ in length by more than {limits.drift:.0%} in {off.sum()} of {len(rows)} clips",
+    return [Finding('warning',
+                    f"sound and picture differ in length by more than {limits.drift:.0%} in {off.sum()} of {len(rows)} clips",
                     "see that both start at the same moment; the end is cut or padded")]
 
 # %% ../nbs/11_doctor.ipynb #13cd5090
@@ -194,7 +196,8 @@ REASONS = {'no landmarks': "store landmarks (T,68,2) as NAME.npz beside NAME.mp4
                            "(talkingface weights) and pass --tracker face-alignment",
            'no audio stream': "put the sound beside each video as NAME.wav or .flac",
            'no face': "see that the videos show a face, and that the tracks belong to them",
-           'too short': "leave out clips of fewer than 5 frames", 'tracks have': "make the tracks again, of these videos at 25 frames/s",
+           'too short': "leave out clips of fewer than 5 frames",
+           'tracks have': "make the tracks again, of these videos at 25 frames/s",
            'cut off': '', 'is empty': '', 'cannot be opened': ''}
 
 def judge_clips(rows: list[dict], limits: Limits) -> list[Finding]:
@@ -202,7 +205,8 @@ def judge_clips(rows: list[dict], limits: Limits) -> list[Finding]:
     bad = [r for r in rows if r['reason']]
     if not rows or len(bad) <= limits.unusable_warn*len(rows): return []
     kinds = Counter(next((k for k in REASONS if k in r['reason']), r['reason'][:80]) for r in bad).most_common(4)
-    what = f"{len(bad)} of {len(rows)} clips cannot be used: {'; '.join(f'{k} ({n})' for k, n in kinds)}. The first is {bad[0]['clip']}: {bad[0]['reason']}"
+    what = (f"{len(bad)} of {len(rows)} clips cannot be used: {'; '.join(f'{k} ({n})' for k, n in kinds)}. "
+            f"The first is {bad[0]['clip']}: {bad[0]['reason']}")
     level = 'unfit' if len(bad) > limits.unusable*len(rows) else 'warning'
     return [Finding(level, what, REASONS.get(kinds[0][0]) or 'mend these files or remove them')]
 
@@ -211,9 +215,11 @@ def judge_faces(rows: list[dict], limits: Limits) -> list[Finding]:
     rows, found = [r for r in rows if not r['reason']], []
     if not rows: return []
     face, seen = (float(np.median([r[k] for r in rows])) for k in ('face', 'found'))
-    silent, mute = np.average([r['silent'] for r in rows], weights=[r['frames'] for r in rows]), sum(r['wholly_silent'] for r in rows)
+    silent = np.average([r['silent'] for r in rows], weights=[r['frames'] for r in rows])
+    mute = sum(r['wholly_silent'] for r in rows)
     if face < limits.face_warn:
-        found.append(Finding('unfit' if face < limits.face else 'warning', f"faces are {face:.0f} px high (median), crops enlarge them",
+        found.append(Finding('unfit' if face < limits.face else 'warning',
+                             f"faces are {face:.0f} px high (median), crops enlarge them",
                              "take the videos at their full resolution"))
     if seen < limits.found:
         found.append(Finding('warning', f"a face is found in {seen:.0%} of the frames of a clip (median)",
@@ -243,9 +249,11 @@ def judge_splits(people: list[tuple[str, str]],               # (split, identity
         found.append(Finding('warning', f"{len(same)} folder names occur in more than one split ({', '.join(same[:4])})",
                              "if a folder is a person, move it into one split"))
     if twins := _twins(files):
-        found.append(Finding('unfit', f"{len(twins)} videos lie in two splits under two names ({twins[0]})", "keep each in one split"))
+        found.append(Finding('unfit', f"{len(twins)} videos lie in two splits under two names ({twins[0]})",
+                             "keep each in one split"))
     if people and 'train' not in dict(people):
-        found.append(Finding('note', "no split is called train", "training needs one: put clips into folders train, val and test"))
+        found.append(Finding('note', "no split is called train",
+                             "training needs one: put clips into folders train, val and test"))
     return found
 
 def _twins(files: list[tuple[str, Path]]) -> list[str]:
@@ -264,33 +272,41 @@ def _twins(files: list[tuple[str, Path]]) -> list[str]:
 def judge_offsets(found: Offsets, limits: Limits) -> list[Finding]:
     "What the histogram of offsets means for training."
     if found.clips < limits.clips or found.segments < limits.segments:
-        return [Finding('note', f"too little speech to judge the offset: {found.segments} segments in {found.clips} clips, expected "
-                        f"{limits.segments} in {limits.clips} or more", "look at more clips (--limit 0), or at longer ones")]
+        return [Finding('note',
+                        f"too little speech to judge the offset: {found.segments} segments in {found.clips} clips, "
+                        f"expected {limits.segments} in {limits.clips} or more",
+                        "look at more clips (--limit 0), or at longer ones")]
     if found.support < limits.support: return [_scattered(found)]
     results = [_shift(found)] if abs(found.median) >= limits.offset else []
     if found.steady <= .8: return results                                            # a weak expert says nothing of single clips
     if off := sorted(c for c, o in found.by_clip.items() if abs(o - found.median) > 2):
-        results.append(Finding('unfit' if len(off) > .3*found.clips else 'warning', f"{len(off)} of {found.clips} clips are more than two "
-            f"frames from the others ({', '.join(off[:4])})", "leave them out or mend them; --json lists the offset of every clip"))
+        results.append(Finding('unfit' if len(off) > .3*found.clips else 'warning',
+                               f"{len(off)} of {found.clips} clips are more than two frames from the others "
+                               f"({', '.join(off[:4])})",
+                               "leave them out or mend them; --json lists the offset of every clip"))
     return results
 
 def _shift(found: Offsets) -> Finding:
     "The finding where all clips have one offset, and the command that takes it back."
     frames, late = abs(found.median), found.median > 0; seconds = frames/FPS
     side, sign, cut = ('late', '-', 'cut off') if late else ('early', '', 'put silence of')
-    return Finding('unfit', f"the audio is {frames:g} frames ({seconds:.2f} s) {side}: {found.support:.0%} of {found.segments} segments "
-        f"in {found.clips} clips agree within a frame", f"shift it back (ffmpeg -i IN -itsoffset {sign}{seconds:.2f} -i IN -map 0:v "
-        f"-map 1:a -c:v copy OUT; sound in files of its own: {cut} {round(seconds*SAMPLE_RATE)} samples at its start), then prepare again")
+    return Finding('unfit',
+                   f"the audio is {frames:g} frames ({seconds:.2f} s) {side}: {found.support:.0%} of {found.segments} segments "
+                   f"in {found.clips} clips agree within a frame",
+                   f"shift it back (ffmpeg -i IN -itsoffset {sign}{seconds:.2f} -i IN -map 0:v -map 1:a -c:v copy OUT; "
+                   f"sound in files of its own: {cut} {round(seconds*SAMPLE_RATE)} samples at its start), then prepare again")
 
 def _scattered(found: Offsets) -> Finding:
     "The finding where there is no common offset."
     told = (f"only {found.support:.0%} of {found.segments} segments in {found.clips} clips are within a frame of their median "
             f"{_signed(found.median)} (chance: 10%)")
     if found.steady > .8 and found.steady > found.support + .3:
-        return Finding('unfit', f"clips are shifted by different amounts: {told}, but {found.steady:.0%} are near their own clip's median",
+        return Finding('unfit', f"clips are shifted by different amounts: {told}, "
+                       f"but {found.steady:.0%} are near their own clip's median",
                        "shift each clip by its own offset (--json lists them), then prepare again")
-    return Finding('unfit', f"offsets are scattered, lips and sound look unsynced: {told}", "see that each sound belongs to its video. If "
-                   f"it does, the expert ({found.expert}) does not know such faces: try it on a corpus that is surely in sync, or take another")
+    return Finding('unfit', f"offsets are scattered, lips and sound look unsynced: {told}",
+                   f"see that each sound belongs to its video. If it does, the expert ({found.expert}) does not know such faces: "
+                   "try it on a corpus that is surely in sync, or take another")
 
 # %% ../nbs/11_doctor.ipynb #a19d134a
 @dataclass
@@ -326,7 +342,8 @@ def _spread(values, unit: str, digits: int = 0) -> str:
 
 def _facts_lines(report: Report) -> list[str]:
     "Corpus, splits, rates, lengths, faces and silence as aligned lines."
-    rows, used = report.clips, [r for r in report.clips if not r['reason']]; what = 'clips of a store' if report.kind == 'store' else 'videos'
+    rows, used = report.clips, [r for r in report.clips if not r['reason']]
+    what = 'clips of a store' if report.kind == 'store' else 'videos'
     looked = f"{len(rows)} looked at" + (', spread evenly (--limit 0 takes all)' if len(rows) < report.given else '')
     rates = Counter(f"{r['rate']:g}" for r in rows if r.get('rate')).most_common(6)
     lines = {'corpus': f'{report.corpus}: {report.given} {what}, {looked}',
@@ -335,7 +352,8 @@ def _facts_lines(report: Report) -> list[str]:
              'rate': ', '.join(f'{r} frames/s in {n}' for r, n in rates) or f'{FPS} frames/s: a store holds nothing else'}
     if used:
         mean = lambda key: np.average([r[key] for r in used], weights=[r['frames'] for r in used])
-        lines['length'] = _spread([r['seconds'] for r in used], 's', 1) + f", together {sum(r['seconds'] for r in used)/60:.1f} min"
+        seconds = [r['seconds'] for r in used]
+        lines['length'] = _spread(seconds, 's', 1) + f", together {sum(seconds)/60:.1f} min"
         lines['faces'] = f"height {_spread([r['face'] for r in used], 'px')}, in {mean('found'):.1%} of frames"
         lines['silence'] = f"{mean('silent'):.0%} of frames, {sum(r['wholly_silent'] for r in used)} clips wholly"
     return [f'{name:<8} {value}' for name, value in lines.items()]
@@ -349,7 +367,8 @@ def _offset_lines(found: Offsets | None) -> list[str]:
 
 def _verdict(report: Report) -> str:
     "The last line: fit, not fit, or fit as far as looked at."
-    if causes := sum(f.level == 'unfit' for f in report.findings): return f"NOT FIT for training ({causes} cause{'s'*(causes > 1)} above)"
+    if causes := sum(f.level == 'unfit' for f in report.findings):
+        return f"NOT FIT for training ({causes} cause{'s'*(causes > 1)} above)"
     unseen = report.offsets is None or any('too little speech' in f.what for f in report.findings)
     return 'fit for training' + (', as far as looked at: sync was not checked' if unseen else '')
 
@@ -359,16 +378,19 @@ def open_expert(expert,               # a SyncExpert, a folder of a trained one,
                ) -> tuple[SyncExpert, str]:  # and how to call it
     "The expert that finds offsets."
     if isinstance(expert, SyncExpert): return expert, expert.config['name']
-    if str(expert) == 'loudness': return LoudnessExpert().to(device), 'loudness (untrained: of real speech it cannot say where zero is)'
+    if str(expert) == 'loudness':
+        return LoudnessExpert().to(device), 'loudness (untrained: of real speech it cannot say where zero is)'
     if str(expert) in EXPERTS and not Path(expert).exists():
         return load_expert(str(expert), device=device), f'{expert} (published weights)'
     if Path(expert).is_file(): return _published(Path(expert), device)
     meta = Path(expert)/'meta.json'
     if not meta.is_file():
-        raise InputError(f"no expert in {expert}: expected a folder with meta.json (a trained expert), one of {', '.join(EXPERTS)} "
-                         "(published weights, see talkingface weights), or loudness. make repro trains runs/demo/experts/syncnet")
+        raise InputError(f"no expert in {expert}: expected a folder with meta.json (a trained expert), "
+                         f"one of {', '.join(EXPERTS)} (published weights, see talkingface weights), or loudness. "
+                         "make repro trains runs/demo/experts/syncnet")
     name = (read_json(meta).get('config') or {}).get('name')
-    if name not in EXPERTS: raise InputError(f"{expert} holds {name or 'a part of a network'}, not an expert ({', '.join(EXPERTS)})")
+    if name not in EXPERTS:
+        raise InputError(f"{expert} holds {name or 'a part of a network'}, not an expert ({', '.join(EXPERTS)})")
     return load_expert(name, Path(expert), device=device), f'{name} ({expert})'
 
 def _published(path: Path, device: str) -> tuple[SyncExpert, str]:
@@ -412,20 +434,22 @@ def _looks(source, limit: int | None, tracker, device: str):
     yield from (look_at_video(record, tracker) for record in records)
 
 def _segments(expert: SyncExpert, clip: Clip) -> list[Segment]:
-    "Segments of a clip; none if it is too short."
-    if clip.frames < expert.window + 34: return []
+    "Segments of a clip; none without an expert or a clip, or if it is too short."
+    if expert is None or clip is None or clip.frames < expert.window + 34: return []
     return clip_segments(*embed_stored(expert, clip), speech_positions(clip, expert.window), clip.name)
 
 def _judge_sync(found: Offsets | None, expert, source, limits: Limits) -> list[Finding]:
     "What to say of offsets, or of their absence."
     if found is None:
-        return [Finding('note', "the offset between lips and sound was not looked at", "pass --expert FOLDER of a trained expert, best of "
-                        "another corpus (make repro trains runs/demo/experts/syncnet), --expert syncnet_v2 with its published weights, "
+        return [Finding('note', "the offset between lips and sound was not looked at",
+                        "pass --expert FOLDER of a trained expert, best of another corpus (make repro trains "
+                        "runs/demo/experts/syncnet), --expert syncnet_v2 with its published weights, "
                         "or --expert loudness for a rough look")]
     own = getattr(expert, 'meta', {}).get('data')
     if not own or own != getattr(source, 'info', {}).get('content'): return judge_offsets(found, limits)
-    return judge_offsets(found, limits) + [Finding('note', "the expert was trained on this very store: an offset that all clips share "
-                                                   "it has learned, and cannot see", "take an expert of another corpus")]
+    own_store = Finding('note', "the expert was trained on this very store: an offset that all clips share "
+                                "it has learned, and cannot see", "take an expert of another corpus")
+    return judge_offsets(found, limits) + [own_store]
 
 # %% ../nbs/11_doctor.ipynb #3f8d3cc1
 def doctor(corpus,                       # folder of videos or of a store, a Corpus or a ClipStore
@@ -437,20 +461,20 @@ def doctor(corpus,                       # folder of videos or of a store, a Cor
           ) -> Report:
     "Look at a corpus and say whether it is fit for training, and if not, why and what to do."
     if limit is not None and limit < 0: raise InputError(f"limit: expected 0 (all clips) or more, got {limit}")
-    if str(device).startswith('cuda') and not torch.cuda.is_available(): raise InputError("device: torch sees no CUDA device; pass cpu")
+    gone = str(device).startswith('cuda') and not torch.cuda.is_available()
+    if gone: raise InputError("device: torch sees no CUDA device; pass cpu")
     limits, source = limits or Limits(), open_source(corpus); store = isinstance(source, ClipStore)
     expert, name = (None, '') if expert is None else open_expert(expert, device)
     every = [(r['split'], r['identity']) for r in _store_rows(source)] if store else [(r.split, r.identity) for r in source]
     rows, segments, total = [], [], min(len(every), limit or len(every))
     for facts, clip in progress(_looks(source, limit, tracker, device), 'doctor', total, leave=False):
-        rows.append(facts)
-        if expert is None or clip is None: continue
-        if found := _segments(expert, clip): facts['offset'] = float(np.median([s.offset for s in found]))
+        rows.append(facts); found = _segments(expert, clip)
+        if found: facts['offset'] = float(np.median([s.offset for s in found]))
         segments += found
     people = {s: dict(clips=sum(t == s for t, _ in every), people=len({i for t, i in every if t == s})) for s in dict(every)}
     report = Report(str(getattr(source, 'root', corpus)), 'store' if store else 'videos', len(every), people, rows,
                     None if expert is None else gather_offsets(segments, name))
     files = () if store else [(r.split, r.video) for r in source]
-    report.findings = [*judge_clips(rows, limits), *judge_faces(rows, limits), *judge_rates(rows, limits), *judge_lengths(rows, limits),
-                       *judge_splits(every, files), *_judge_sync(report.offsets, expert, source, limits)]
+    report.findings = [f for judge in (judge_clips, judge_faces, judge_rates, judge_lengths) for f in judge(rows, limits)]
+    report.findings += judge_splits(every, files) + _judge_sync(report.offsets, expert, source, limits)
     return report
