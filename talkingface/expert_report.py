@@ -24,10 +24,11 @@ from .training.experts import has_split, held_out_accuracy
 
 # %% ../nbs/11_expert_report.ipynb #633b911c
 def sample_clip(frames: int, size: int = 96, seed: int = 0) -> tuple:
-    "Faces (T,3,H,W) uint8, sound (640 T,) and landmarks (T,68,2) px of noise: what networks cost does not depend on what they see."
+    "Faces (T,3,H,W) uint8, sound (640 T,), landmarks (T,68,2) px of noise: what networks cost does not depend on what they see."
     draw = torch.Generator().manual_seed(seed)
     points = torch.rand(68, 2, generator=draw)*.4 + .3
-    for at, x, y in ((36, .25, .35), (39, .4, .35), (42, .6, .35), (45, .75, .35), (33, .5, .58)): points[at] = torch.tensor([x, y])
+    for at, x, y in ((36, .25, .35), (39, .4, .35), (42, .6, .35), (45, .75, .35), (33, .5, .58)):
+        points[at] = torch.tensor([x, y])
     return (torch.randint(0, 256, (frames, 3, size, size), generator=draw, dtype=torch.uint8),
             torch.randn(frames*SAMPLES_PER_FRAME, generator=draw)*.1, (points*(size - 1)).expand(frames, -1, -1).contiguous())
 
@@ -36,7 +37,8 @@ def expert_speed(expert: SyncExpert,
                  frames: int = 100      # of the clip
                 ) -> dict:              # parameters, gmacs, windows
     "Parameters (10^6), multiply-adds of a position (10^9), and positions embedded per second."
-    faces, wav, landmarks = sample_clip(frames); run = lambda: embed_clip(expert, faces, wav, landmarks if expert.aligned else None)
+    faces, wav, landmarks = sample_clip(frames)
+    run = lambda: embed_clip(expert, faces, wav, landmarks if expert.aligned else None)
     positions = frames - expert.window + 1; times, start = [], None
     cost = gflop(run)/2/positions
     while not times or time.perf_counter() - start < seconds:
@@ -55,7 +57,8 @@ def expert_measures(folder: str | Path,  # of a trained expert
                     device: str = 'cpu'
                    ) -> dict:            # {split: measures of `expert_accuracy`, and what else was measured}
     "What was measured of an expert, by split."
-    meta = read_json(Path(folder)/'meta.json'); metrics = dict(meta.get('metrics') or {}); errors = metrics.pop('phoneme_error', {})
+    meta = read_json(Path(folder)/'meta.json'); metrics = dict(meta.get('metrics') or {})
+    errors = metrics.pop('phoneme_error', {})
     told = {s: {**m, **({'phoneme_error': errors[s]} if s in errors else {})} for s, m in metrics.items() if isinstance(m, dict)}
     if any('response' in m for m in told.values()): return told
     if store is None: raise InputError(f"{folder}/meta.json has no measures of expert_accuracy; pass a clip store to measure on")
@@ -67,30 +70,34 @@ def expert_measures(folder: str | Path,  # of a trained expert
 _ACCURACY = 'expert_accuracy of training.experts, on held-out people and voices'
 EXPERT_INFOS = {info.name: describe(info) for info in (
     MetricInfo('parameters', 'Size', '10⁶ parameters', (0., np.inf), None, ('expert',), 'learnable values', 'this package'),
-    MetricInfo('gmacs', 'Cost', 'GMAC/position', (0., np.inf), None, ('expert',), 'multiply-adds of one position, picture and sound, '
-               'in a clip of 4 s', 'this package'),
-    MetricInfo('windows', 'Speed', 'positions/s', (0., np.inf), None, ('expert',), 'positions of a clip of 4 s embedded per second, one '
-               'thread, median of calls', 'this package'),
-    MetricInfo('pair', 'Pairs ≥ 5', 'share right', (0., 1.), True, ('expert', 'audio'), 'share of pairs of one clip, at least 5 frames apart, in '
-               'which the true sound scores higher', _ACCURACY),
-    MetricInfo('pair_adjacent', 'Adjacent', 'share right', (0., 1.), True, ('expert', 'audio'), 'as pair, 1 frame apart', _ACCURACY),
-    MetricInfo('auc', 'AUC', '', (0., 1.), True, ('expert', 'audio'), 'area under the ROC curve of true pairs against pairs of one clip '
-               'at least 5 frames apart', _ACCURACY),
-    MetricInfo('offset_error', 'Offset error', 'frames', (0., 15.), False, ('expert', 'audio'), 'mean absolute offset found on segments of 25 '
-               'positions, search ±15', _ACCURACY),
-    MetricInfo('offset_25', 'Within ±1', 'share', (0., 1.), True, ('expert', 'audio'), 'share of segments of 25 positions whose offset is found '
-               'within one frame', _ACCURACY),
-    MetricInfo('below_half', 'True < 0.5', 'share', (0., 1.), False, ('expert', 'audio'), 'share of true pairs with a cosine below 0.5', _ACCURACY),
-    MetricInfo('agreement', 'Agreement', 'share', (0., 1.), True, ('expert', 'audio'), 'share of frames whose own sound has a higher cosine '
+    MetricInfo('gmacs', 'Cost', 'GMAC/position', (0., np.inf), None, ('expert',),
+               'multiply-adds of one position, picture and sound, in a clip of 4 s', 'this package'),
+    MetricInfo('windows', 'Speed', 'positions/s', (0., np.inf), None, ('expert',),
+               'positions of a clip of 4 s embedded per second, one thread, median of calls', 'this package'),
+    MetricInfo('pair', 'Pairs ≥ 5', 'share right', (0., 1.), True, ('expert', 'audio'),
+               'share of pairs of one clip, at least 5 frames apart, in which the true sound scores higher', _ACCURACY),
+    MetricInfo('pair_adjacent', 'Adjacent', 'share right', (0., 1.), True, ('expert', 'audio'), 'as pair, 1 frame apart',
+               _ACCURACY),
+    MetricInfo('auc', 'AUC', '', (0., 1.), True, ('expert', 'audio'),
+               'area under the ROC curve of true pairs against pairs of one clip at least 5 frames apart', _ACCURACY),
+    MetricInfo('offset_error', 'Offset error', 'frames', (0., 15.), False, ('expert', 'audio'),
+               'mean absolute offset found on segments of 25 positions, search ±15', _ACCURACY),
+    MetricInfo('offset_25', 'Within ±1', 'share', (0., 1.), True, ('expert', 'audio'),
+               'share of segments of 25 positions whose offset is found within one frame', _ACCURACY),
+    MetricInfo('below_half', 'True < 0.5', 'share', (0., 1.), False, ('expert', 'audio'),
+               'share of true pairs with a cosine below 0.5', _ACCURACY),
+    MetricInfo('agreement', 'Agreement', 'share', (0., 1.), True, ('expert', 'audio'),
+               'share of frames whose own sound has a higher cosine '
                'with the lips than the sound 5 frames away', 'training.avhubert, crossmodal_agreement'),
-    *(MetricInfo(f'per_{stream}', f'PER {stream}', '', (0., np.inf), False, ('expert',), f'phoneme error rate of the {what}: edit distance over '
-                 'phonemes said', 'training.avhubert, phoneme_error_rate')
+    *(MetricInfo(f'per_{stream}', f'PER {stream}', '', (0., np.inf), False, ('expert',),
+                 f'phoneme error rate of the {what}: edit distance over phonemes said', 'training.avhubert, phoneme_error_rate')
       for stream, what in (('video', 'lips alone'), ('audio', 'sound alone'), ('joint', 'lips and sound'))))}
 
 def _flat(found: dict) -> dict:
     "Measures of one split under the names of EXPERT_INFOS; what crossmodal_agreement calls `all` is the agreement."
     errors = found.get('phoneme_error') or {}
-    return {**found, 'agreement': found.get('all'), **{f'per_{stream}': errors.get(stream) for stream in ('video', 'audio', 'joint')}}
+    return {**found, 'agreement': found.get('all'),
+            **{f'per_{stream}': errors.get(stream) for stream in ('video', 'audio', 'joint')}}
 
 def expert_lines(measures: dict,      # {expert: {split: measures}}
                  speeds: dict,        # {expert: of `expert_speed`}
@@ -99,7 +106,8 @@ def expert_lines(measures: dict,      # {expert: {split: measures}}
     "The table of experts; an absent measure is NaN."
     import pandas as pd
     number = lambda x: float(x) if isinstance(x, (int, float)) else np.nan
-    lines = [dict(set=split, method=name, **{k: number({**speeds.get(name, {}), **_flat(found[split])}.get(k)) for k in EXPERT_INFOS})
+    lines = [dict(set=split, method=name,
+                  **{k: number({**speeds.get(name, {}), **_flat(found[split])}.get(k)) for k in EXPERT_INFOS})
              for split in sets for name, found in measures.items() if split in found]
     if not lines: raise InputError(f"no expert was measured on {', '.join(sets)}; train with a store that has these splits")
     table = pd.DataFrame(lines)
@@ -118,13 +126,16 @@ def expert_targets(measures: dict,   # {expert: {split: measures}}
     "Each promise with its number and whether it is reached."
     import pandas as pd
     value = lambda name, key: _flat(measures.get(name, {}).get(split, {})).get(key)
-    lines = [dict(claim=text, expert=name, set=split, measure=key, wanted=least, measured=np.nan if (x := value(name, key)) is None else x,
-                  verdict='not measured' if x is None else 'reached' if x >= least else 'not reached') for name, key, least, text in TARGETS]
+    lines = [dict(claim=text, expert=name, set=split, measure=key, wanted=least,
+                  measured=np.nan if (x := value(name, key)) is None else x,
+                  verdict='not measured' if x is None else 'reached' if x >= least else 'not reached')
+             for name, key, least, text in TARGETS]
     return pd.DataFrame(lines)
 
 def targets_markdown(targets) -> str:
     "The promises as a Markdown table."
-    lines = [f"| {r.claim} | {r.set} | {r.wanted:.2f} | {'' if np.isnan(r.measured) else f'{r.measured:.3f}'} | {r.verdict} |" for r in targets.itertuples()]
+    lines = [f"| {r.claim} | {r.set} | {r.wanted:.2f} | {'' if np.isnan(r.measured) else f'{r.measured:.3f}'} | {r.verdict} |"
+             for r in targets.itertuples()]
     return '\n'.join(['| aim | set | at least | measured | verdict |', '|---|---|---:|---:|---|', *lines, ''])
 
 # %% ../nbs/11_expert_report.ipynb #d25f80e5
@@ -142,10 +153,13 @@ def draw_offset_curves(measures: dict,          # {expert: {split: measures with
         fig, axes = plt.subplots(1, 2, figsize=(7.2, 3.), layout='constrained'); plt.close(fig)
         for i, (name, group) in enumerate(data.groupby('expert', sort=False)):
             look = dict(color=palette(8)[i], ls=DASHES[i % 4], marker=MARKERS[i % 6], ms=3, lw=1.4, markevery=(i % 3, 3))
-            for ax, column in zip(axes, ('pair', 'response')): ax.plot(group['offset'], group[column], label=(labels or {}).get(name, name), **look)
+            for ax, column in zip(axes, ('pair', 'response')):
+                ax.plot(group['offset'], group[column], label=(labels or {}).get(name, name), **look)
         for ax in axes: ax.set(xlabel='offset of the sound (frames; positive: late)', xticks=range(-15, 16, 5))
-        axes[0].axhline(.5, color=QUIET_INK, lw=.8, ls='-'); axes[0].text(-15, .505, 'chance', fontsize=7, color=QUIET_INK, va='bottom')
-        axes[0].set(ylabel='share won by the true sound', ylim=(min(.45, data['pair'].min() - .02), 1.01)); axes[1].set(ylabel='mean cosine')
+        axes[0].axhline(.5, color=QUIET_INK, lw=.8, ls='-')
+        axes[0].text(-15, .505, 'chance', fontsize=7, color=QUIET_INK, va='bottom')
+        axes[0].set(ylabel='share won by the true sound', ylim=(min(.45, data['pair'].min() - .02), 1.01))
+        axes[1].set(ylabel='mean cosine')
         axes[0].set_title(title or 'Accuracy by offset'); axes[1].set_title('Response')
         fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=min(4, data['expert'].nunique()))
     return fig, data
@@ -160,19 +174,31 @@ def draw_losses(logs: dict,              # {title: DataFrame step, loss}
     data = pd.concat([log[['step', 'loss']].assign(training=name) for name, log in logs.items()], ignore_index=True)
     rows = -(-len(logs)//4); columns = -(-len(logs)//rows)
     with plotting() as plt:
-        fig, axes = plt.subplots(rows, columns, figsize=(max(7.4, 1.3 + 1.9*columns) if columns > 1 else 4, 1.9*rows + .3), layout='constrained', squeeze=False); plt.close(fig)
+        fig, axes = plt.subplots(rows, columns, figsize=(max(7.4, 1.3 + 1.9*columns) if columns > 1 else 4, 1.9*rows + .3),
+                                 layout='constrained', squeeze=False)
+        plt.close(fig)
         for ax, (name, log) in zip(axes.flat, logs.items()):
             smooth = log['loss'].rolling(max(1, len(log)//50), min_periods=1).mean()
             ax.plot(log['step'], log['loss'], color=palette(1)[0], lw=.6, alpha=.35, ls='-')
             ax.plot(log['step'], smooth, color=palette(1)[0], lw=1.6, ls='-', marker='' if len(log) > 4 else 'o')
             ax.set_title(name, fontsize=8.5); ax.set_ylim(0, float(log['loss'].quantile(.995))*1.08)
             if level := (plateaus or {}).get(name):
-                ax.axhline(level, color=INK, lw=.8, ls=DASHES[1]); ax.text(log['step'].max(), level, 'chance', fontsize=7, ha='right', va='bottom', color=INK)
+                ax.axhline(level, color=INK, lw=.8, ls=DASHES[1])
+                ax.text(log['step'].max(), level, 'chance', fontsize=7, ha='right', va='bottom', color=INK)
         for ax in axes.flat[len(logs):]: ax.set_axis_off()
         fig.supxlabel('training step', fontsize=9); fig.supylabel('loss', fontsize=9)
     return fig, data[['training', 'step', 'loss']]
 
 # %% ../nbs/11_expert_report.ipynb #90023f97
+def _confusion_panel(ax, shares: np.ndarray, names: list[str], title: str):
+    "One matrix with its diagonal in numbers; the picture, for a colour bar."
+    image = ax.imshow(shares, vmin=0, vmax=1, cmap='Blues'); ax.grid(False); ax.set_title(title, fontsize=8.5)
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7); ax.set_xlabel('read'); ax.tick_params(length=0)
+    for i, share in enumerate(np.diag(shares)):
+        ax.text(i, i, f'{100*share:.0f}', ha='center', va='center', fontsize=5.5, color='white' if share > .55 else INK)
+    return image
+
 def draw_confusion(matrices: dict,      # {modality: (n,n) counts or shares, said by read}
                    names: list[str],    # of the n classes
                    title: str = ''
@@ -182,16 +208,14 @@ def draw_confusion(matrices: dict,      # {modality: (n,n) counts or shares, sai
     shares = {m: np.asarray(x, float)/np.maximum(np.asarray(x, float).sum(1, keepdims=True), 1e-12) for m, x in matrices.items()}
     for m, x in shares.items():
         if x.shape != (len(names),)*2: raise InputError(f"{m}: expected a square matrix of {len(names)} classes, got {x.shape}")
-    data = pd.DataFrame([dict(modality=m, said=names[i], read=names[j], share=x[i, j]) for m, x in shares.items() for i, j in np.ndindex(x.shape)])
+    data = pd.DataFrame([dict(modality=m, said=names[i], read=names[j], share=x[i, j])
+                         for m, x in shares.items() for i, j in np.ndindex(x.shape)])
     side = max(1.9, .24*len(names))
     with plotting() as plt:
-        fig, axes = plt.subplots(1, len(shares), figsize=((side + .35)*len(shares) + 1., side + .9), layout='constrained', squeeze=False, sharey=True)
+        fig, axes = plt.subplots(1, len(shares), figsize=((side + .35)*len(shares) + 1., side + .9), layout='constrained',
+                                 squeeze=False, sharey=True)
         plt.close(fig)
-        for ax, (m, x) in zip(axes[0], shares.items()):
-            image = ax.imshow(x, vmin=0, vmax=1, cmap='Blues'); ax.grid(False); ax.set_title(m, fontsize=8.5)
-            ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7); ax.set_yticks(range(len(names)), names, fontsize=7); ax.set_xlabel('read')
-            ax.tick_params(length=0)
-            for i in range(len(names)): ax.text(i, i, f'{100*x[i, i]:.0f}', ha='center', va='center', fontsize=5.5, color='white' if x[i, i] > .55 else INK)
+        for ax, (m, x) in zip(axes[0], shares.items()): image = _confusion_panel(ax, x, names, m)
         axes[0, 0].set_ylabel('said'); bar = fig.colorbar(image, ax=axes, shrink=.8, aspect=25); bar.outline.set_visible(False)
         bar.set_label('share of what is said', fontsize=8); bar.ax.tick_params(labelsize=7)
         if title: fig.suptitle(title, fontsize=10, weight='bold', x=.01, ha='left')
