@@ -38,10 +38,24 @@ def checkout(root, tmp_path_factory) -> Path:
     return copy
 
 
+FIGURES = ('strip_setup_a', 'stabilized_sync/fig_01', 'stabilized_sync/fig_shift', 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
+           'robustness_cosine', 'robustness_summary', 'experts_offsets', 'experts_visemes', 'experts_losses')
+
+
+def test_claims_are_judged_for_every_expert(checkout):
+    "At this size nothing is reproduced or not; but each claim has its numbers, and each expert its rows."
+    claims = pd.read_csv(checkout/'paper_figures'/'smoke'/'claims.csv')
+    assert {'avsyncnet', 'avhubert', 'avhubert_contrast'} <= set(claims['first']) and claims['measured'].notna().all()
+    for name in ('syncnet', 'avsyncnet', 'avhubert', 'avhubert_contrast'):
+        rows = pd.read_csv(checkout/'runs'/'smoke'/'robustness'/f'{name}.csv')
+        assert set(rows['perturbation']) == {'shift_x', 'rotation', 'jpeg', 'noise', 'offset'} and set(rows['expert']) == {name}
+
+
 def test_tables_and_figures_are_there_with_their_numbers(checkout):
     made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
-    expected = {f'baselines.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in ('strip_setup_a', 'stabilized_sync/fig_01') for s in ('csv', 'pdf', 'png')}
-    assert expected | {'provenance.json'} <= made
+    expected = {f'baselines.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
+    tables = {f'experts.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {'claims.csv', 'claims.md', 'claims_aims.csv', 'av_expert/fig_01_stats.csv'}
+    assert expected | tables | {'provenance.json'} <= made
     table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
     assert set(table['method']) == {'ground_truth', 'reencoded', 'setup_a', 'random_frame', 'static_frame', 'shuffled_audio'}
     assert set(table['set']) == {'test', 'words', 'hd'}
@@ -72,7 +86,7 @@ def test_provenance_says_what_made_it(checkout):
 
 def test_executed_notebooks_are_kept_without_stamps(checkout):
     kept = sorted((checkout/'runs'/'smoke'/'notebooks').glob('*.ipynb'))
-    assert len(kept) == 13
+    assert len(kept) == 27
     for path in kept: assert 'papermill' not in nbformat.read(path, 4).metadata
 
 
