@@ -16,7 +16,6 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from io import BytesIO
-from math import prod
 from pathlib import Path
 from typing import Callable
 
@@ -65,7 +64,7 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str
                                     f"{getattr(module, 'config', None) or ''}: {'; '.join(wrong)}. "
                                     "Build the network with the config that the weights were saved with")
     bad = [k for k, v in weights.items() if v.is_floating_point() and not v.is_meta and not torch.isfinite(v).all()]
-    if bad: raise CheckpointError(f"{where} holds NaN or infinity in {len(bad)} tensors ({some(bad)}). Restore it, or train again")
+    if bad: raise CheckpointError(f"{where} holds NaN or infinity in {len(bad)} tensors ({some(bad)}). Restore it or train again")
     module.load_state_dict(weights, assign=any(p.is_meta for p in module.parameters()))     # a meta tensor takes no copy
     return module
 
@@ -88,7 +87,7 @@ def read_meta(path: str | Path  # folder of a trained network, or of converted w
                                                  "network, with meta.json and model.safetensors")
     meta = read_json(file)
     if not isinstance(meta, dict) or not isinstance(meta.get('weights_sha256'), str):
-        raise CheckpointError(f"{file} has no weights_sha256, which every meta.json of ours has. Restore the folder or train again")
+        raise CheckpointError(f"{file} has no weights_sha256, which all of ours have. Restore the folder or train again")
     return meta
 
 def load_model(path: str | Path,       # folder written by `save_model`
@@ -165,7 +164,7 @@ def _container(kind: type) -> Callable:
     return make
 
 def _bytes(text, coding) -> bytes:
-    if coding not in ('latin1', 'latin-1'): raise ValueError(f'bytes written in {coding!r}')
+    if coding not in ('latin1', 'latin-1'): raise ValueError('bytes in an unknown coding')
     return text.encode('latin-1')
 
 def _parameter(data, *_):

@@ -1,6 +1,7 @@
 """load_expert: every published nesting of every architecture, strictly; what is missing, left out or of another architecture is said."""
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from goldens import load_manifest
 from talkingface.core import CheckpointError, InputError, MissingWeights, ParamsError
 from talkingface.experts import load_expert
 from talkingface.experts.avhubert import BASE, LARGE, TINY, AVHubert
+from talkingface.experts.avsyncnet import ResNet50
 from talkingface.experts.checkpoints import KNOWN_FILES, build_expert, convert_weights, recognise, weights_table
 from talkingface.weights import save_model
 
@@ -53,6 +55,34 @@ def test_a_speaker_network_starts_the_audio_encoder(tmp_path, prefix):
 def test_a_speaker_network_of_other_bands_is_refused_in_words(tmp_path):
     torch.save(generated(load_manifest('resnetse34V2')), tmp_path/'v2.model')
     with pytest.raises(CheckpointError, match='64 mel bands'): load_expert('avsyncnet', tmp_path/'v2.model')
+
+
+def test_imagenet_starts_the_image_encoder(tmp_path):
+    "torchvision's ResNet-50: its stem folded to 15 channels, its classifier left to chance; other widths are refused in words."
+    weights = generated({k: v.shape for k, v in ResNet50().state_dict().items()}); torch.save(weights, tmp_path/'r50.pth')
+    with pytest.warns(UserWarning, match='audio_encoder has fresh weights'): expert = load_expert('avsyncnet', tmp_path/'r50.pth')
+    assert torch.equal(expert.face_encoder.layer4[2].conv3.weight, weights['layer4.2.conv3.weight'])
+    torch.testing.assert_close(expert.face_encoder.conv1.weight.sum(1), weights['conv1.weight'].mean(1)*3)
+    assert 'ImageNet' in expert.meta['licence'] and expert.meta['untrained'] == ['audio_encoder']
+    with pytest.raises(CheckpointError, match='needs AVSyncNet of width 1'): load_expert('avsyncnet', tmp_path/'r50.pth', width=.5)
+
+
+@pytest.mark.parametrize('config', [
+    {'name': 'syncnet', 'width': .125}, {'name': 'syncnet_v2', 'width': .0625, 'dim': 32}, {'name': 'light_syncnet', 'width': 8, 'dim': 16},
+    {'name': 'avsyncnet', 'width': .125, 'dim': 32, 'audio': 'V2', 'size': 64}, {'name': 'avsyncnet', 'width': .0625, 'audio_width': .5, 'size': 64},
+    {'name': 'avhubert', 'net': {**TINY, 'front_width': .0625, 'fuse': 'add'}}, {'name': 'avhubert', 'net': {**TINY, 'clusters': 0, 'predict': False}}],
+    ids=lambda c: c['name'])
+def test_sizes_of_bare_narrow_networks_come_from_shapes(tmp_path, config):
+    "A state dict without its config: every width, layout and dimension is found again."
+    expert = build_expert(config); torch.save(expert.state_dict(), tmp_path/'bare.pth')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore'); loaded = load_expert(config['name'], tmp_path/'bare.pth')
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in expert.state_dict().items())
+
+
+def test_a_false_name_does_not_lend_its_licence(tmp_path):
+    torch.save(generated(load_manifest('wav2lip_syncnet_color')), tmp_path/'syncnet_v2.model')
+    assert 'non-commercial' in load_expert('syncnet', tmp_path/'syncnet_v2.model').meta['licence']
 
 
 def test_batch_counters_may_be_absent_and_nothing_else(tmp_path):

@@ -62,17 +62,20 @@ class Architecture:
 def _syncnet(w, _): return dict(name='syncnet', width=len(w['audio_encoder.13.conv_block.0.weight'])/512)
 def _light_syncnet(w, _):
     return dict(name='light_syncnet', width=len(w['face_encoder.0.conv_block.0.weight']), dim=len(w['face_encoder.8.weight']))
-def _syncnet_v2(w, _): return dict(name='syncnet_v2', width=len(w['netcnnaud.0.weight'])/64, dim=len(w['netfcaud.3.weight']))
+def _syncnet_v2(w, _): return dict(name='syncnet_v2', width=len(w['netfcaud.0.weight'])/512, dim=len(w['netfcaud.3.weight']))
+
+_WIDEST = {'L': 128, 'V2': 256}   # channels of the last stage of ResNetSE-34 at width 1
 
 def _avsyncnet(w, _):
     "Layout and widths of both encoders."
     audio = 'L' if 'audio_encoder.sap_linear.weight' in w else 'V2'
-    return dict(name='avsyncnet', width=w['face_encoder.fc.weight'].shape[1]/2048, dim=len(w['face_encoder.fc.weight']), audio=audio,
-                audio_width=len(w['audio_encoder.layer4.0.bn1.weight'])/{'L': 128, 'V2': 256}[audio])
+    dim, channels = w['face_encoder.fc.weight'].shape
+    return dict(name='avsyncnet', width=channels/2048, dim=dim, audio=audio,
+                audio_width=len(w['audio_encoder.layer4.0.bn1.weight'])/_WIDEST[audio])
 
 def _resnetse(audio: str) -> Callable:
-    channels = {'L': 128, 'V2': 256}[audio]
-    return lambda w, _: dict(name='avsyncnet', dim=len(w['fc.weight']), audio=audio, audio_width=len(w['layer4.0.bn1.weight'])/channels)
+    return lambda w, _: dict(name='avsyncnet', dim=len(w['fc.weight']), audio=audio,
+                             audio_width=len(w['layer4.0.bn1.weight'])/_WIDEST[audio])
 
 # %% ../../nbs/03_experts/05_checkpoints.ipynb #6468c91b
 def _setting(tree, name: str, default):
@@ -86,9 +89,11 @@ def _heads(tree, dim: int) -> int:
     "Number of attention heads, from the configuration in the file or 64 channels each."
     heads = _setting(tree, 'encoder_attention_heads', 0)
     if heads == 0 and dim not in (BASE['dim'], LARGE['dim']):
-        warnings.warn(f"the file does not say how many attention heads it has; {max(1, dim//64)} are taken. If that is wrong, pass net={{...}}")
+        warnings.warn(f"the file does not say how many attention heads it has; {max(1, dim//64)} are taken. "
+                      "If that is wrong, pass net={...}")
     heads = heads or max(1, dim//64)
-    if heads < 0 or dim % heads: raise CheckpointError(f"the file says {heads} attention heads, which do not divide its {dim} channels")
+    if heads < 0 or dim % heads:
+        raise CheckpointError(f"the file says {heads} attention heads, which do not divide its {dim} channels")
     return heads
 
 def _avhubert(w, tree) -> dict:
@@ -97,11 +102,12 @@ def _avhubert(w, tree) -> dict:
     fuse = 'concat' if 'post_extract_proj.weight' in w else 'add'
     if fuse == 'concat': dim = len(w['post_extract_proj.weight'])
     layers = len({k.split('.')[2] for k in w if k.startswith('encoder.layers.')})
-    conv, stem = w['encoder.pos_conv.0.weight_v'], w['feature_extractor_video.resnet.frontend3D.0.weight']
-    net = dict(dim=dim, layers=layers, heads=_heads(tree, dim), ffn=len(w['encoder.layers.0.fc1.weight']), clusters=0 if final is None else len(final),
-               final_dim=256 if final is None else final.shape[1], predict='final_proj.weight' in w, conv_pos=conv.shape[2],
+    conv, last = w['encoder.pos_conv.0.weight_v'], w['feature_extractor_video.resnet.trunk.layer4.0.conv1.weight']
+    net = dict(dim=dim, layers=layers, heads=_heads(tree, dim), ffn=len(w['encoder.layers.0.fc1.weight']),
+               clusters=0 if final is None else len(final), final_dim=256 if final is None else final.shape[1],
+               predict='final_proj.weight' in w, conv_pos=conv.shape[2],
                conv_pos_groups=max(1, conv.shape[0]//conv.shape[1]), norm_first=_setting(tree, 'layer_norm_first', True),
-               front_width=len(stem)/64, prelu='feature_extractor_video.resnet.frontend3D.2.weight' in w,
+               front_width=len(last)/512, prelu='feature_extractor_video.resnet.frontend3D.2.weight' in w,
                audio_dim=w['feature_extractor_audio.proj.weight'].shape[1], fuse=fuse)
     return dict(name='avhubert', net=net)
 
@@ -124,12 +130,14 @@ ARCHITECTURES = (
     Architecture('SyncNet of DINet', ('face_encoder.face_conv.0.conv.weight',)),
     Architecture('generator of DINet', ('source_in_conv.0.conv.weight',)),
     Architecture('HuBERT or wav2vec 2.0 of sound alone', ('feature_extractor.conv_layers.0.0.weight',)),
-    Architecture('ResNet-50 of torchvision', ('conv1.weight', 'layer1.0.conv3.weight', 'fc.weight')),
+    Architecture('ResNet-50 of torchvision', ('conv1.weight', 'layer1.0.conv3.weight', 'fc.weight'), 'avsyncnet',
+                 lambda *_: dict(name='avsyncnet'), 'face_encoder', kernel=(3, 7, 7)),
     Architecture('face detector S3FD', ('conv1_1.weight', 'conv3_3_norm_mbox_conf.weight')),
     Architecture('face landmarks 2DFAN4', ('conv1.weight', 'm0.b1_4.bn1.weight')))
 
 # %% ../../nbs/03_experts/05_checkpoints.ipynb #c47063b0
-PREFIXES = tuple(outer + inner for outer in ('', 'module.') for inner in ('', '__S__.', 'encoder.w2v_model.', 'w2v_model.', 'net.'))
+PREFIXES = tuple(outer + inner for outer in ('', 'module.')
+                 for inner in ('', '__S__.', 'encoder.w2v_model.', 'w2v_model.', 'net.'))
 
 @dataclasses.dataclass
 class Found:
@@ -167,6 +175,7 @@ _SYNCNET_SOURCE = 'download_model.sh of github.com/joonson/syncnet_python'
 _SPEAKERS = 'the README of github.com/clovaai/voxceleb_trainer'
 _AVHUBERT_SOURCE = 'the project page linked from github.com/facebookresearch/av_hubert, after agreeing to its licence'
 _FACES = 'www.adrianbulat.com/downloads/python-fan'
+_MEAN_FACE = 'github.com/mpc001/Lipreading_using_Temporal_Convolutional_Networks'
 
 @dataclasses.dataclass(frozen=True)
 class KnownFile:
@@ -177,33 +186,31 @@ class KnownFile:
     licence: str
     megabytes: float   # of the weights alone, 10^6 bytes
     source: str        # where a person gets it
-
-    @property
-    def whole(self) -> bool: return self.expert in EXPERTS and 'of AVSyncNet' not in self.what   # all of an expert
+    part: str = ''     # of the expert, if it is not all of it
 
 # %% ../../nbs/03_experts/05_checkpoints.ipynb #08be5b58
-def _tuned(name: str, size: str, megabytes: int) -> KnownFile:
-    return KnownFile(name, 'avhubert', f'AV-HuBERT {size}, fine-tuned for lip reading; the decoder is left out', _AVHUBERT, megabytes,
-                     _AVHUBERT_SOURCE)
+def _lips(name: str, what: str, megabytes: int) -> KnownFile:
+    return KnownFile(name, 'avhubert', f'AV-HuBERT {what}', _AVHUBERT, megabytes, _AVHUBERT_SOURCE)
 
+_OWN_TERMS = 'BSD-3 (face-alignment); its data under own terms'
 KNOWN_FILES = (
     KnownFile('lipsync_expert.pth', 'syncnet', 'SyncNet of Wav2Lip', _WAV2LIP, 66, _WAV2LIP_SOURCE),
     KnownFile('syncnet_v2.model', 'syncnet_v2', 'scorer of LSE-C and LSE-D', 'MIT', 55, _SYNCNET_SOURCE),
-    KnownFile('baseline_lite_ap.model', 'avsyncnet', 'ResNetSE-34 L: starts the audio encoder of AVSyncNet', 'MIT', 6, _SPEAKERS),
+    KnownFile('baseline_lite_ap.model', 'avsyncnet', 'ResNetSE-34 L: starts the audio encoder of AVSyncNet', 'MIT', 6, _SPEAKERS,
+              'audio_encoder'),
     KnownFile('resnet50-0676ba61.pth', 'avsyncnet', 'ImageNet ResNet-50: starts the image encoder of AVSyncNet',
-              'BSD-3 (torchvision); ImageNet for non-commercial research', 102, 'download.pytorch.org/models'),
-    _tuned('large_vox_433h.pt', 'large', 1909), _tuned('self_large_vox_433h.pt', 'large', 1909), _tuned('base_vox_433h.pt', 'base', 642),
-    KnownFile('large_vox_iter5.pt', 'avhubert', 'AV-HuBERT large, pre-trained', _AVHUBERT, 1302, _AVHUBERT_SOURCE),
-    KnownFile('base_vox_iter5.pt', 'avhubert', 'AV-HuBERT base, pre-trained', _AVHUBERT, 413, _AVHUBERT_SOURCE),
-    KnownFile('s3fd-619a316812.pth', 'faces', 'detector of FaceAlignmentTracker', 'BSD-3 (face-alignment); its data under own terms', 90,
-              _FACES),
-    KnownFile('2DFAN4-11f355bf06.pth.tar', 'faces', 'landmarks of FaceAlignmentTracker',
-              'BSD-3 (face-alignment); its data under own terms', 96, _FACES),
-    KnownFile('20words_mean_face.npy', 'faces', 'mean face that AV-HuBERT was trained with; ours stands in for it', _AVHUBERT, 0,
-              'github.com/mpc001/Lipreading_using_Temporal_Convolutional_Networks'))
+              'BSD-3 (torchvision); ImageNet for non-commercial research', 102, 'download.pytorch.org/models', 'face_encoder'),
+    _lips('large_vox_433h.pt', 'large, fine-tuned for lip reading; the decoder is left out', 1909),
+    _lips('self_large_vox_433h.pt', 'large, fine-tuned with self-training; the decoder is left out', 1909),
+    _lips('base_vox_433h.pt', 'base, fine-tuned for lip reading; the decoder is left out', 642),
+    _lips('large_vox_iter5.pt', 'large, pre-trained', 1302), _lips('base_vox_iter5.pt', 'base, pre-trained', 413),
+    KnownFile('s3fd-619a316812.pth', 'faces', 'detector of FaceAlignmentTracker', _OWN_TERMS, 90, _FACES),
+    KnownFile('2DFAN4-11f355bf06.pth.tar', 'faces', 'landmarks of FaceAlignmentTracker', _OWN_TERMS, 96, _FACES),
+    KnownFile('20words_mean_face.npy', 'faces', 'mean face that AV-HuBERT was trained with; ours stands in for it',
+              'that of its repository: read it there', 0, _MEAN_FACE))
 
 def weights_table(folder: str | Path | None = None  # None: the weights folder of this machine
-                 ) -> list[dict]:                   # a row per file: its facts, `folder`, `present`, `bytes`, `sha256` (empty if absent)
+                 ) -> list[dict]:                   # a row per file: its facts, folder, present, bytes, sha256 ('' if absent)
     "All known files, and which of them are there."
     folder = weights_folder() if folder is None else Path(folder); rows = []
     for known in KNOWN_FILES:
@@ -226,10 +233,10 @@ def _published_size(config: dict) -> bool:
 
 def _facts(path: Path, found: Found | None, names: set) -> dict:
     "What `meta` says about a published file."
-    named = next((k for k in KNOWN_FILES if k.name == path.name), None)
+    kind = (found.architecture.expert, found.architecture.part) if found else ('', '')
     sized = found and found.config and _published_size(found.config)
-    alike = next((k for k in KNOWN_FILES if sized and k.expert == found.architecture.expert and
-                  (found.architecture.part == '') == k.whole), None)
+    named = next((k for k in KNOWN_FILES if k.name == path.name and (not kind[0] or (k.expert, k.part) == kind)), None)
+    alike = next((k for k in KNOWN_FILES if sized and (k.expert, k.part) == kind), None)
     licence = getattr(named or alike, 'licence', 'unknown: ask where you got it')
     return {'file': path.name, 'sha256': file_hash(path), 'licence': licence, 'what': found.what if found else 'not recognised',
             'left_out': found.left_out if found else {}, 'not_run': sorted(names)}
@@ -237,6 +244,9 @@ def _facts(path: Path, found: Found | None, names: set) -> dict:
 def _complete(expert: SyncExpert, found: Found, path: Path) -> int:
     "Load what was found, strictly, and return how many batch counters were filled in."
     part = found.architecture.part
+    if part == 'face_encoder':
+        if expert.config['width'] != 1: raise CheckpointError(f"{path} is {found.what}, which needs AVSyncNet of width 1")
+        expert.load_imagenet(found.weights); return 0
     target = expert.get_submodule(part) if part else expert
     weights = {found.architecture.inner + k: v for k, v in found.weights.items()}
     lacking = [k for k in target.state_dict() if k.endswith('num_batches_tracked') and k not in weights]
@@ -248,37 +258,41 @@ def _refuse(path: Path, found: Found | None, weights: dict, name: str):
     "The error for a file that is not of expert `name`."
     if found is None:
         wanted = next(a.keys for a in ARCHITECTURES if a.expert == name)
-        return CheckpointError(f"{path} is of no architecture that is known here: it has {len(weights)} tensors ({some(weights)}). "
+        return CheckpointError(f"{path} is of no architecture that is known here: {len(weights)} tensors ({some(weights)}). "
                                f"Expected for {name}: {some(wanted)} among them")
     use = found.architecture.expert
     return CheckpointError(f"{path} is {found.what}, not {name}. " + (f"load_expert({use!r}, ...) takes it" if use else
                            f"No expert takes it; give the weights of {name}"))
 
+def _bands(found: Found) -> int:
+    "Mel bands that a ResNetSE-34 V2 was made for; the L layout takes any number."
+    return 8*len(found.weights['attention.3.weight'])//len(found.weights['layer4.0.bn1.weight']) if 'V2' in found.what else 80
+
 def _load_file(name: str, path: Path, device: str, options: dict) -> SyncExpert:
     found, weights, names = _read(path)
     if found is None or found.architecture.expert != name: raise _refuse(path, found, weights, name)
-    bands = 8*found.weights['attention.3.weight'].shape[0]//len(found.weights['layer4.0.bn1.weight']) if 'V2' in found.what else 80
-    if bands != 80: raise CheckpointError(f"{path} is {found.what} for {bands} mel bands, and AVSyncNet has 80; take baseline_lite_ap.model")
+    if _bands(found) != 80:
+        raise CheckpointError(f"{path} is {found.what} for {_bands(found)} mel bands, not 80; take baseline_lite_ap.model")
     with torch.device('meta' if device == 'meta' else 'cpu'): expert = build_expert({**found.config, **options})
     filled = _complete(expert, found, path); part = found.architecture.part
-    untrained = [n for n, _ in expert.named_children() if part and n != part and any(True for _ in getattr(expert, n).parameters())]
-    if untrained: warnings.warn(f"{path} holds the {part} of {name} alone; {', '.join(untrained)} has fresh weights", stacklevel=3)
+    untrained = [n for n in ('face_encoder', 'audio_encoder') if part and n != part]
+    if untrained: warnings.warn(f"{path} holds the {part} of {name} alone; {untrained[0]} has fresh weights", stacklevel=3)
     expert.meta = {**_facts(path, found, names), 'config': expert.config, 'counters_filled': filled, 'untrained': untrained}
     return frozen(expert.to(device))
 
 # %% ../../nbs/03_experts/05_checkpoints.ipynb #6fa41852
 def _known_path(name: str) -> Path:
     "The first published file of expert `name` in the weights folder."
-    folder = weights_folder(); files = [k for k in KNOWN_FILES if k.expert == name and k.whole]
+    folder = weights_folder(); files = [k for k in KNOWN_FILES if k.expert == name and not k.part]
     for known in files:
         if (folder/known.name).is_file(): return folder/known.name
     if not files: raise MissingWeights(f"nobody has published {name}: train one and pass its folder, "
                                        f"load_expert({name!r}, 'folder'); build_expert gives one with fresh weights")
-    raise MissingWeights(f"no weights of {name} in {folder}. Get {' or '.join(k.name for k in files)} from {files[0].source} (licence: "
-                         f"{files[0].licence}) and put it there, point TALKINGFACE_WEIGHTS to its folder, or pass its path")
+    raise MissingWeights(f"no weights of {name} in {folder}. Get {' or '.join(k.name for k in files)} from {files[0].source} "
+                         f"(licence: {files[0].licence}) and put it there, point TALKINGFACE_WEIGHTS to it, or pass its path")
 
 def load_expert(name: str,                             # of `EXPERTS`
-                checkpoint: str | Path | None = None,  # our folder, or a published file; None: the known file in the weights folder
+                checkpoint: str | Path | None = None,  # our folder or a published file; None: the one in the weights folder
                 device: str = 'cpu',                   # 'meta' checks names and shapes without taking memory
                 **options                              # arguments of the expert that take precedence, e.g. layer=9
                ) -> SyncExpert:                        # frozen; `meta`: file, sha256, licence, config, what was left out
@@ -300,11 +314,13 @@ def _load_folder(name: str, path: Path, device: str, options: dict) -> SyncExper
     meta = read_meta(path)
     if meta.get('part') or not meta.get('config'): return _load_file(name, path/'model.safetensors', device, options)
     held = meta['config'].get('name', name)
-    if held not in EXPERTS: raise CheckpointError(f"{path} holds the network {held!r}, which is no expert; expected a folder of {name}")
+    if held not in EXPERTS:
+        raise CheckpointError(f"{path} holds the network {held!r}, which is no expert; expected a folder of {name}")
     if held != name: raise CheckpointError(f"{path} is {held}, not {name}. load_expert({held!r}, ...) takes it")
     def build(config: dict) -> SyncExpert: return build_expert({**config, **options})
     expert = frozen(load_model(path, build, device))
-    expert.meta = {'file': str(path), 'sha256': meta['weights_sha256'], 'licence': 'that of your data', **meta, 'config': expert.config}
+    facts = {'file': str(path), 'sha256': meta['weights_sha256'], 'licence': 'that of your data'}
+    expert.meta = {**facts, **meta, 'config': expert.config}
     return expert
 
 # %% ../../nbs/03_experts/05_checkpoints.ipynb #cb1f0b91

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Callable, Iterator, Literal
 
 from ..core import (CheckpointError, InputError, ParamsError, TalkingFaceError, atomic_path, git_sha, progress, read_json,
                               versions, write_json)
-from ..weights import load_model, load_published, load_weights, read_weights, save_model, some  # noqa: F401
+from ..weights import load_weights, read_weights, save_model, some
 
 import numpy as np
 import torch
