@@ -14,6 +14,7 @@ __all__ = ['REFERENCE_HEIGHT', 'PERTURBATIONS', 'LANDMARKS', 'SPAN', 'FLOOR', 'M
 
 # %% ../nbs/09_robustness.ipynb #a42c3f85
 import tempfile
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -544,6 +545,7 @@ def _truth_print(curves, stats) -> list[str]:
 def _footer(fig, lines: list, title: str = '') -> None:
     "Title above and small print under a figure."
     if title: fig.suptitle(title, x=.01, ha='left', weight='bold', fontsize=11)
+    lines = [part for line in lines for part in textwrap.wrap(line, int(15.5*fig.get_figwidth()))]     # letters to an inch
     fig.supxlabel('\n'.join(lines), x=.01, ha='left', fontsize=7.5, color=QUIET_INK)
 
 # %% ../nbs/09_robustness.ipynb #5081a567
@@ -646,7 +648,7 @@ def _equal_axes(axes, panels) -> None:
 
 def _legend(fig, ax) -> None:
     "The experts, under the panels."
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside upper right', ncols=6, handlelength=3.2, fontsize=8)
+    fig.legend(*ax.get_legend_handles_labels(), loc='outside upper right', ncols=6, handlelength=2.4, columnspacing=1.2, fontsize=8)
 
 def _small_print(rows, tables, panels, found_too: bool) -> list[str]:
     "What the numbers of a response figure stand on."
