@@ -371,7 +371,7 @@ def test_arguments_are_refused_in_words(net, options, words):
 
 def test_streams_and_masks_of_other_sizes_are_refused(net):
     with pytest.raises(InputError, match=r'\(B, T, 104\)'): net.features(torch.zeros(1, 5, 26))
-    with pytest.raises(InputError, match='grey mouths'): net.features(video=torch.zeros(1, 1, 5, 48, 48))
+    assert net.features(video=torch.zeros(1, 1, 5, 48, 48)).shape[1] == 5          # the network takes mouths of any size
     with pytest.raises(InputError, match='padding_mask'): net.features(torch.zeros(1, 5, 104), padding_mask=torch.zeros(1, 4, dtype=torch.bool))
     with pytest.raises(InputError, match='at least 1 frame'): mouth_input(torch.zeros(1, 0, 3, 96, 96))
 

@@ -205,8 +205,8 @@ def _check_streams(audio: Tensor | None, video: Tensor | None, rows: int) -> Non
     if audio is None and video is None: raise InputError("expected audio, video or both, got neither")
     if audio is not None and (audio.ndim != 3 or audio.shape[2] != rows):
         raise InputError(f"expected audio rows (B, T, {rows}), got {tuple(audio.shape)}")
-    if video is not None and (video.ndim != 5 or video.shape[1] != 1 or video.shape[3:] not in [(s, s) for s in MOUTHS.values()]):
-        raise InputError(f"expected grey mouths (B, 1, T, 88, 88), or 44 or 22 px shrunk, got {tuple(video.shape)}")
+    if video is not None and (video.ndim != 5 or video.shape[1] != 1):     # of any size; the expert cuts 88 px, or 44 or 22 shrunk
+        raise InputError(f"expected grey mouths (B, 1, T, 88, 88), got {tuple(video.shape)}")
     if audio is not None and video is not None and (audio.shape[:2] != (video.shape[0], video.shape[2])):
         raise InputError(f"expected as many audio rows as frames, got (B, T) {tuple(audio.shape[:2])} "
                          f"and {(video.shape[0], video.shape[2])}")
