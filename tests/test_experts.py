@@ -480,3 +480,11 @@ def test_unusable_clips_are_refused_and_the_mode_stays(change, words):
     net = LightSyncNet(8, 16).train(); clip = dict(faces=torch.rand(7, 3, 96, 96), audio=torch.zeros(4480))
     with pytest.raises(InputError, match=words): embed_clip(net, **{**clip, **change})
     assert net.training
+
+
+@pytest.mark.parametrize('samples, positions', [(6399, 4), (6400, 5), (6500, 5), (6720, 5), (7040, 5), (5760, 4)])
+def test_syncnet_v2_counts_positions_as_published(samples, positions):
+    "min(frames, whole frames of sound) - 5, whatever the length of the sound."
+    expert = SyncNetV2(width=.125, dim=16).eval()
+    v, a = embed_clip(expert, torch.rand(10, 3, 64, 64), .1*torch.randn(samples), raw=True)
+    assert len(v) == len(a) == positions

@@ -213,6 +213,9 @@ def embed_clip(expert: SyncExpert,
         hear = expert.raw_audio if raw else expert.embed_audio
         a = hear(features, every)[0] if isinstance(expert, WindowExpert) else hear(features)[0, ::every]
     count = min(len(v), len(a))
+    if expert.tail and sound.ndim == 2:                # whole frames of sound decide, as the published script counts them
+        whole = min(len(faces), sound.shape[-1]//SAMPLES_PER_FRAME) - expert.window + 1 - expert.tail
+        count = min(count, max(0, -(-whole//every)))
     return v[:count], a[:count]
 
 def embed_stored(expert: SyncExpert,

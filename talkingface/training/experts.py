@@ -56,7 +56,8 @@ class ExpertParams(Runtime):
     clips: int = 0                 # of split train, the first so many; 0 for all
     batch: int = 64                # windows in a batch of one process
     per_clip: int = 8              # of them from one clip: these are each other's hard negatives
-    accumulate: int = 1            # parts in which a batch is computed: less memory, the same gradient
+    accumulate: int = 1            # parts in which a batch is computed: less memory; the gradient is that of the whole, but for batch norm,
+                                   # whose statistics are of a part
     min_offset: int = 5            # frames between a window and its negative (BCE)
     lr: float = 2e-3               # for InfoNCE; BCE from the start needs 1e-4
     bce_lr: float = 1e-4           # of the second phase of 'infonce+bce'
