@@ -53,9 +53,10 @@ def _prepare(args) -> int:
 
 # %% ../nbs/13_cli.ipynb #9af1be05
 def _doctor(args) -> int:
-    from talkingface.doctor import Limits, doctor
+    from talkingface.doctor import Limits, doctor, usual_expert
     tracker = _tracker('face-alignment', args.device) if args.tracker == 'face-alignment' else None
-    report = doctor(args.corpus, args.expert, args.limit, tracker, args.device, Limits(any_rate=args.any_rate))
+    expert = {None: usual_expert(), 'none': None}.get(args.expert, args.expert)
+    report = doctor(args.corpus, expert, args.limit, tracker, args.device, Limits(any_rate=args.any_rate))
     if args.json: report.save(args.json)
     print(report.text)
     return 0 if report.fit else 1
@@ -180,7 +181,8 @@ def _data_commands(add) -> None:
             'say whether a corpus is fit for training: rates, lengths, faces, silence, splits, sync; status 1 if it is not')
     p.add_argument('corpus', help='folder of videos, or of a prepared store')
     p.add_argument('--expert', help='finds the offset between lips and sound: '
-                                    'folder of a trained expert, a name with published weights, or loudness')
+                                    'folder of a trained expert, a name with published weights, loudness, or none; '
+                                    'if not given: syncnet_v2, or else the newest runs/*/experts/syncnet')
     p.add_argument('--limit', type=int, default=200, help='clips to look at, evenly spread (0: all)')
     p.add_argument('--json', help='write everything here')
     p.add_argument('--any-rate', action='store_true', help='frame rates other than 25 are only a warning')

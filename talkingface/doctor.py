@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REASONS', 'Limits', 'Finding', 'clip_facts', 'look_at_video', 'Segment', 'clip_segments', 'LoudnessExpert', 'Offsets',
            'gather_offsets', 'histogram_lines', 'judge_rates', 'judge_lengths', 'judge_clips', 'judge_faces',
-           'judge_splits', 'judge_offsets', 'Report', 'open_expert', 'open_source', 'doctor']
+           'judge_splits', 'judge_offsets', 'Report', 'usual_expert', 'open_expert', 'open_source', 'doctor']
 
 # %% ../nbs/11_doctor.ipynb #1ad6ec68
 import csv
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .core import (FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, InputError, MissingExtra, MissingWeights, file_hash, progress,
-                              read_json, write_json)
+                              read_json, weights_folder, write_json)
 from .data.audio import load_audio
 from .data.clips import Clip, ClipStore, prepare_clip
 from .data.corpora import Corpus, Record, open_corpus
@@ -373,6 +373,12 @@ def _verdict(report: Report) -> str:
     return 'fit for training' + (', as far as looked at: sync was not checked' if unseen else '')
 
 # %% ../nbs/11_doctor.ipynb #4c85b8a9
+def usual_expert(root: str | Path = '.') -> str | None:
+    "What finds offsets if nobody says: published weights of syncnet_v2, or else the newest SyncNet under runs/."
+    if (weights_folder()/'syncnet_v2.model').is_file(): return 'syncnet_v2'
+    trained = sorted(Path(root).glob('runs/*/experts/syncnet/meta.json'), key=lambda p: p.stat().st_mtime)
+    return str(trained[-1].parent) if trained else None
+
 def open_expert(expert,               # a SyncExpert, a folder of a trained one, a name of published weights, or 'loudness'
                 device: str = 'cpu'
                ) -> tuple[SyncExpert, str]:  # and how to call it

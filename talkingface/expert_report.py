@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .core import FPS, SAMPLES_PER_FRAME, InputError, read_json
-from .experiments import DASHES, INK, MARKERS, QUIET_INK, palette, plotting
+from .experiments import DASHES, INK, MARKERS, QUIET_INK, bootstrap_interval, palette, plotting
 from .experts.base import SyncExpert, embed_clip
 from .experts.checkpoints import load_expert
 from .layers import gflop, parameter_count
@@ -89,15 +89,22 @@ EXPERT_INFOS = {info.name: describe(info) for info in (
     MetricInfo('agreement', 'Agreement', 'share', (0., 1.), True, ('expert', 'audio'),
                'share of frames whose own sound has a higher cosine '
                'with the lips than the sound 5 frames away', 'training.avhubert, crossmodal_agreement'),
+    MetricInfo('agreement_speech', 'in speech', 'share', (0., 1.), True, ('expert', 'audio'), 'agreement of frames with speech',
+               'training.avhubert, crossmodal_agreement'),
+    MetricInfo('agreement_control', 'Control', 'share', (0., 1.), None, ('expert', 'audio'),
+               'agreement with the sound of another clip: .5 if position alone says nothing',
+               'training.avhubert, crossmodal_agreement'),
     *(MetricInfo(f'per_{stream}', f'PER {stream}', '', (0., np.inf), False, ('expert',),
                  f'phoneme error rate of the {what}: edit distance over phonemes said', 'training.avhubert, phoneme_error_rate')
-      for stream, what in (('video', 'lips alone'), ('audio', 'sound alone'), ('joint', 'lips and sound'))))}
+      for stream, what in (('video', 'lips alone'), ('audio', 'sound alone'), ('joint', 'lips and sound'),
+                           ('constant', 'best answer that never changes'))))}
 
 def _flat(found: dict) -> dict:
     "Measures of one split under the names of EXPERT_INFOS; what crossmodal_agreement calls `all` is the agreement."
     errors = found.get('phoneme_error') or {}
-    return {**found, 'agreement': found.get('all'),
-            **{f'per_{stream}': errors.get(stream) for stream in ('video', 'audio', 'joint')}}
+    return {**found, 'agreement': found.get('all'), 'agreement_speech': found.get('speech'),
+            'agreement_control': found.get('other_clip'),
+            **{f'per_{stream}': errors.get(stream) for stream in ('video', 'audio', 'joint', 'constant')}}
 
 def expert_lines(measures: dict,      # {expert: {split: measures}}
                  speeds: dict,        # {expert: of `expert_speed`}
@@ -121,22 +128,26 @@ TARGETS = (  # expert of the profile, measure, at least, in words
     ('avhubert_contrast', 'agreement', .9, 'The same of AV-HuBERT fine-tuned with the contrastive term (ours)'))
 
 def expert_targets(measures: dict,   # {expert: {split: measures}}
-                   split: str = 'test'
-                  ):                 # DataFrame claim, expert, set, measure, wanted, measured, verdict
-    "Each promise with its number and whether it is reached."
+                   split: str = 'test', seed: int = 0
+                  ):                 # DataFrame claim, expert, set, measure, wanted, measured, low, high, n, verdict
+    "Each promise with its number, the 95 % bootstrap interval of the mean over clips, and whether it is reached."
     import pandas as pd
-    value = lambda name, key: _flat(measures.get(name, {}).get(split, {})).get(key)
-    lines = [dict(claim=text, expert=name, set=split, measure=key, wanted=least,
-                  measured=np.nan if (x := value(name, key)) is None else x,
-                  verdict='not measured' if x is None else 'reached' if x >= least else 'not reached')
-             for name, key, least, text in TARGETS]
+    lines = []
+    for name, key, least, text in TARGETS:
+        found = _flat(measures.get(name, {}).get(split, {})); x = found.get(key)
+        clips = [c for c in found.get(f'{key}_by_clip', []) if c is not None]; low, high = bootstrap_interval(clips, seed, f'{name}/{key}')
+        lines.append(dict(claim=text, expert=name, set=split, measure=key, wanted=least, measured=np.nan if x is None else x,
+                          low=low, high=high, n=len(clips),
+                          verdict='not measured' if x is None else 'reached' if x >= least else 'not reached'))
     return pd.DataFrame(lines)
 
 def targets_markdown(targets) -> str:
     "The promises as a Markdown table."
-    lines = [f"| {r.claim} | {r.set} | {r.wanted:.2f} | {'' if np.isnan(r.measured) else f'{r.measured:.3f}'} | {r.verdict} |"
-             for r in targets.itertuples()]
-    return '\n'.join(['| aim | set | at least | measured | verdict |', '|---|---|---:|---:|---|', *lines, ''])
+    interval = lambda r: '' if np.isnan(r.low) else f'[{r.low:.3f}, {r.high:.3f}]'
+    lines = [f"| {r.claim} | {r.set} | {r.wanted:.2f} | {'' if np.isnan(r.measured) else f'{r.measured:.3f}'} | {interval(r)} "
+             f"| {r.n} | {r.verdict} |" for r in targets.itertuples()]
+    return '\n'.join(['| aim | set | at least | measured | 95 % over clips | clips | verdict |',
+                      '|---|---|---:|---:|---|---:|---|', *lines, ''])
 
 # %% ../nbs/11_expert_report.ipynb #d25f80e5
 def draw_offset_curves(measures: dict,          # {expert: {split: measures with `pair_at` and `response`}}

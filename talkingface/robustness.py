@@ -294,7 +294,8 @@ def _hear(expert, wav: np.ndarray, every: int) -> torch.Tensor:
 def network_label(config: dict) -> str:
     "An expert's network and size in a few words, e.g. `syncnet, width 0.25`."
     sizes = config | (config.get('net') or {})
-    return ', '.join([str(config['name']), *(f'{k} {sizes[k]}' for k in ('width', 'layers', 'dim') if k in sizes)])
+    told = [k for k in ('width', 'size', 'layers', 'layer', 'dim') if sizes.get(k) is not None]
+    return ', '.join([str(config['name']), *(f'{k} {sizes[k]}' for k in told)])
 
 # %% ../nbs/09_robustness.ipynb #79b54566
 def trainings(folder: str | Path,   # of a trained expert; further trainings lie in its seed-1, seed-2, ...
@@ -828,7 +829,9 @@ def _claim_lines(claim: Claim, rows, curves, seed: int) -> list[dict]:
         line |= dict(first_value=a, second_value=b, measured=a - b, low=low, high=high, verdict=verdict(low, high), n=n,
                      seeds=seeds)
     if (found := [line['verdict'] for line in lines[:2]])[0] != found[-1]:
-        lines[0] |= dict(verdict='undecided', note='; '.join(f"{line['measure']}: {v}" for line, v in zip(lines, found)))
+        contrary = {'reproduced', 'not reproduced'} <= set(found)
+        lines[0] |= dict(verdict='mixed' if contrary else 'undecided',
+                         note='; '.join(f"{line['measure']}: {v}" for line, v in zip(lines, found)))
     return lines
 
 def robustness_claims(rows,                    # of `evaluate_robustness`, of all experts

@@ -157,9 +157,17 @@ def _tensor(storage, offset, size, stride, *_) -> torch.Tensor:
     if reach > len(storage): raise ValueError(f'a tensor of {list(size)} reaches outside its storage of {len(storage)} values')
     return storage.as_strided(tuple(size), tuple(stride), storage.storage_offset() + offset)
 
+def _shallow(values: list) -> list:
+    "Keys and members as checkpoints have them. Deeply nested tuples would exhaust the stack as soon as they are hashed."
+    if any(isinstance(part, (tuple, frozenset)) for value in values if isinstance(value, (tuple, frozenset)) for part in value):
+        raise ValueError('a key or member of a set is nested')
+    return values
+
 def _container(kind: type) -> Callable:
     def make(values=()):
         if not isinstance(values, (list, tuple, dict)): raise ValueError(f'a {kind.__name__} of {type(values).__name__}')
+        if kind in (set, frozenset): _shallow(values)
+        elif kind is OrderedDict and not isinstance(values, dict): _shallow([pair[0] for pair in values])
         return kind(values)
     return make
 
@@ -222,7 +230,7 @@ def _join(count: int | None, kind: type) -> Callable:
     "The last `count` values, or those since the mark, become a tuple, a list or a frozenset."
     def step(machine, _):
         values = machine.pop_mark() if count is None else [machine.stack.pop() for _ in range(count)][::-1]
-        machine.stack.append(kind(values))
+        machine.stack.append(kind(_shallow(values) if kind is frozenset else values))
     return step
 
 def _fill(target, values: list, pairs: bool) -> None:
@@ -231,8 +239,8 @@ def _fill(target, values: list, pairs: bool) -> None:
         if len(values) % 2: raise ValueError('a key without a value')
         into = target.items if isinstance(target, Inert) else target
         if not isinstance(into, dict): raise ValueError(f'entries are set in a {type(target).__name__}')
-        into.update(zip(values[::2], values[1::2]))
-    elif isinstance(target, set): target.update(values)
+        into.update(zip(_shallow(values[::2]), values[1::2]))
+    elif isinstance(target, set): target.update(_shallow(values))
     elif isinstance(target, (list, Inert)): (target.elements if isinstance(target, Inert) else target).extend(values)
     else: raise ValueError(f'values are added to a {type(target).__name__}')
 

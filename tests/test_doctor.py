@@ -13,7 +13,7 @@ from talkingface.data.audio import load_audio, save_audio
 from talkingface.data.clips import ClipStore, prepare
 from talkingface.data.corpora import open_corpus
 from talkingface.data.video import read_frames, write_video
-from talkingface.doctor import Limits, LoudnessExpert, clip_segments, doctor, gather_offsets, judge_offsets, look_at_video
+from talkingface.doctor import Limits, LoudnessExpert, clip_segments, doctor, gather_offsets, judge_offsets, look_at_video, usual_expert
 from talkingface.experts.base import unit_length
 
 CLIPS = 16
@@ -78,9 +78,22 @@ def test_the_command(shifted, tmp_path, capsys):
     assert '3 frames (0.12 s) late' in told and '-itsoffset' in told
     saved = json.loads((tmp_path/'report.json').read_text())
     assert saved['fit'] is False and saved['offsets']['median'] == 3 and len(saved['clips']) == CLIPS
-    assert main(['doctor', str(shifted), '--limit', '3']) == 0                   # nothing else is wrong with it
+    assert main(['doctor', str(shifted), '--limit', '3', '--expert', 'none']) == 0   # nothing else is wrong with it
     told = capsys.readouterr().out
     assert '3 looked at' in told and 'pass --expert FOLDER' in told and 'sync was not checked' in told
+
+
+def test_the_command_looks_at_sync_without_being_told(shifted, tmp_path, monkeypatch):
+    "A trained expert under runs/, or the weights of syncnet_v2, are used if nobody says anything."
+    asked = []; monkeypatch.setenv('TALKINGFACE_WEIGHTS', str(tmp_path/'weights')); monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('talkingface.doctor.open_expert', lambda expert, device='cpu': (asked.append(expert), (LoudnessExpert(), 'x'))[1])
+    assert usual_expert() is None
+    for name, age in (('old', 2), ('new', 1)):
+        meta = tmp_path/'runs'/name/'experts'/'syncnet'/'meta.json'; meta.parent.mkdir(parents=True)
+        meta.write_text('{}'); os.utime(meta, (1e9 - age, 1e9 - age))
+    assert main(['doctor', str(shifted)]) == 1 and asked == ['runs/new/experts/syncnet']
+    (tmp_path/'weights').mkdir(); (tmp_path/'weights'/'syncnet_v2.model').touch()
+    assert usual_expert() == 'syncnet_v2' and main(['doctor', str(shifted), '--expert', 'none']) == 0 and len(asked) == 1
 
 
 def test_the_command_says_what_it_cannot_open(tmp_path, capsys):

@@ -249,6 +249,17 @@ def test_deep_and_self_containing_structures(tmp_path):
     assert look_up({'cfg': loop}, 'cfg', 'self', 'self', default=3) is not None
 
 
+@pytest.mark.parametrize('into', ['key', 'pair', 'member', 'frozen'])
+def test_deep_keys_are_refused(tmp_path, into):
+    "Hashing 300,000 nested tuples would end the process."
+    deep = b')' + b'\x85'*300_000
+    whole = {'key': b'}' + deep + b'Ns.', 'pair': b'ccollections\nOrderedDict\n]' + deep + b'N\x86a\x85R.',
+             'member': b'\x8f(' + deep + b'\x90.', 'frozen': b'(' + deep + b'\x91.'}[into]
+    with pytest.raises(CheckpointError, match='key or member of a set is nested'):
+        read_inert(written(tmp_path/'deep.pkl', whole, 'bare'))
+    assert read_inert(written(tmp_path/'flat.pkl', b'}K\x01K\x02\x86Ns.', 'bare')) == {(1, 2): None}
+
+
 def test_a_text_file_is_refused_without_internals(tmp_path):
     (tmp_path/'a.pth').write_text('hello, no weights here')
     with pytest.raises(CheckpointError, match='damaged or no torch checkpoint') as caught: load_published(tmp_path/'a.pth')

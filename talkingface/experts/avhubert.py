@@ -159,7 +159,7 @@ class TransformerEncoder(nn.Module):
             raise InputError(f"layer: expected 1 to {len(self.layers)} or None, got {layer}")
         if padding_mask is not None and padding_mask.shape != x.shape[:2]:
             raise InputError(f"padding_mask: expected (B, T) {tuple(x.shape[:2])}, got {tuple(padding_mask.shape)}")
-        if padding_mask is not None: x = x.masked_fill(padding_mask[..., None], 0.)
+        if padding_mask is not None: padding_mask = padding_mask.bool(); x = x.masked_fill(padding_mask[..., None], 0.)
         keep = None if padding_mask is None else ~padding_mask[:, None, None]
         x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
         if not self.norm_first: x = self.layer_norm(x)

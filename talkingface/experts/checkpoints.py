@@ -198,6 +198,8 @@ KNOWN_FILES = (
     KnownFile('syncnet_v2.model', 'syncnet_v2', 'scorer of LSE-C and LSE-D', 'MIT', 55, _SYNCNET_SOURCE),
     KnownFile('baseline_lite_ap.model', 'avsyncnet', 'ResNetSE-34 L: starts the audio encoder of AVSyncNet', 'MIT', 6, _SPEAKERS,
               'audio_encoder'),
+    KnownFile('baseline_v2_smproto.model', 'avsyncnet', 'ResNetSE-34 V2 of 64 mel bands: recognised, but AVSyncNet hears 80', 'MIT', 32,
+              _SPEAKERS, 'audio_encoder'),
     KnownFile('resnet50-0676ba61.pth', 'avsyncnet', 'ImageNet ResNet-50: starts the image encoder of AVSyncNet',
               'BSD-3 (torchvision); ImageNet for non-commercial research', 102, 'download.pytorch.org/models', 'face_encoder'),
     _lips('large_vox_433h.pt', 'large, fine-tuned for lip reading; the decoder is left out', 1909),

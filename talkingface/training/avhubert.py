@@ -449,7 +449,7 @@ def crossmodal_agreement(expert,                   # any `SyncExpert`
                          store,                    # clips
                          split: str | None = None,
                          distance: int = 5         # frames
-                        ) -> dict:                 # shares in [0, 1]: all, speech, silence, other_clip; mean cosines; counts
+                        ) -> dict:                 # shares in [0, 1]: all, speech, silence, other_clip; by clip; mean cosines; counts
     "How often lips agree more with their own sound than with that of `distance` frames away. The definition stands above."
     clips = some_clips(store, split) if split else store; kept = []; pool = []
     for clip in (clips[i] for i in range(len(clips))):
@@ -462,10 +462,11 @@ def crossmodal_agreement(expert,                   # any `SyncExpert`
         control = _order_shares(v[:count] @ other[:count].T, distance)[1] if count > distance and len(kept) > 1 else own[:0]
         apart = np.abs(np.subtract.outer(*[np.arange(len(v))]*2)) >= distance
         pool.append((own, speech[at], control, np.diag(scores), scores[apart]))
+    by_clip = [float(own.mean()) for own, *_ in pool]
     own, speech, control, positive, negative = map(np.concatenate, zip(*pool))
     mean = lambda x: float(x.mean()) if len(x) else None
     return {'all': mean(own), 'speech': mean(own[speech]), 'silence': mean(own[~speech]), 'other_clip': mean(control),
-            'cosine': mean(positive), 'cosine_apart': mean(negative), 'pairs': len(own), 'clips': len(kept)}
+            'cosine': mean(positive), 'cosine_apart': mean(negative), 'agreement_by_clip': by_clip, 'pairs': len(own), 'clips': len(kept)}
 
 # %% ../../nbs/06_training/03_avhubert.ipynb #9c5da969
 def alignment(said: list, heard: list) -> list[tuple]:  # (said or None, heard or None) from start to end

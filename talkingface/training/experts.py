@@ -310,6 +310,7 @@ def expert_accuracy(expert: SyncExpert,
               'curve': each(pool['at'], CURVE), 'pair_at': each(pool['signed'], SIGNED),
               'response': each(pool['response'], SIGNED),
               'threshold': best_threshold(pool['positive'], pool['negative']) if threshold is None else threshold,
+              'pair_by_clip': [mean(r['far']) for r in rows],
               'clips': len(rows), 'positions': len(speech), 'segments': len(near)}
     if threshold is not None:
         result['accuracy'] = .5 * float((pool['positive'] > threshold).mean() + (pool['negative'] <= threshold).mean())
