@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_SIZES', 'rate', 'bench_render', 'bench_prepare', 'bench_expert', 'bench_generator', 'speed_ratio',
-           'bench_avhubert', 'expert_config', 'bench_scoring', 'run_benchmarks']
+           'bench_avhubert', 'expert_config', 'bench_scoring', 'run_benchmarks', 'machine', 'speed_summary']
 
 # %% ../nbs/12_benchmarks.ipynb #95f1b84f
 import os
@@ -15,7 +15,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from .core import InputError, rng, typed
+from .core import InputError, atomic_path, rng, typed
 from .data.clips import ClipStore, ReferenceBatches, SyncBatches, prepare_clip
 from .data.corpora import RenderedCorpus
 from .data.faces import StoredTracks
@@ -106,7 +106,7 @@ def bench_scoring(config: dict, seconds: float, length: float = 60.) -> dict:
 def run_benchmarks(root: str | Path,        # the checkout, with a prepared store of the profile
                    profile: str = 'demo', seconds: float = 5.,
                    full: bool = True        # score with the published sizes too (some minutes)
-                  ):                        # DataFrame what, value, unit
+                  ):                        # DataFrame what, value, unit, machine; written as paper_figures/PROFILE/bench.csv too
     "Every speed in one run on one thread; the networks are those of `profile`."
     import cv2
     import pandas as pd
@@ -121,7 +121,16 @@ def run_benchmarks(root: str | Path,        # the checkout, with a prepared stor
     made = bench_generator(store, block['generator'], params['rows']['setup_a'], block['experts']['syncnet']['net'], seconds)
     _say_training(say, f"generator {block['generator']['net']['name']}", made)
     _say_scoring(say, block['experts'] | {k: block[k] for k in ('avhubert',) if block.get(k)}, seconds, full)
-    return pd.DataFrame(lines)
+    table = pd.DataFrame(lines).assign(machine=machine())
+    with atomic_path(root/'paper_figures'/profile/'bench.csv') as part: table.to_csv(part, index=False, lineterminator='\n', float_format='%.4g')
+    return table
+
+def machine() -> str:
+    "Processor, cores, load and torch of this machine: what absolute speeds depend on."
+    cpu = next((line.partition(':')[2].strip() for line in _cpuinfo() if line.startswith('model name')), 'unknown processor')
+    return f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end, 1 thread used, torch {torch.__version__}'
+
+def _cpuinfo() -> list[str]: return Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').is_file() else []
 
 def _say_training(say, name: str, found: dict) -> None:
     for key, unit in (('windows', 'windows/s read'), ('steps', 'steps/s'), ('data_wait', 'of a step')): say(f'{name}: {key}', found[key], unit)
@@ -138,3 +147,19 @@ def _say_scoring(say, experts: dict, seconds: float, full: bool) -> None:
         for frames in (100, 1500):
             for part, (took, ratio) in bench_avhubert(net, frames, seconds).items():
                 say(f'{name}, {part}, {frames//25} s of video', took, 's'); say(f'{name}, {part}, {frames//25} s: plain / ours', ratio, 'times')
+
+# %% ../nbs/12_benchmarks.ipynb #c24e9d02
+def speed_summary(root: str | Path, profile: str) -> str:
+    "Two sentences on AV-HuBERT's kernels and on the cost of scoring, from `bench.csv` of a profile; or how to measure them."
+    import pandas as pd
+    path = Path(root)/'paper_figures'/profile/'bench.csv'
+    if not path.is_file(): return f'Speed was not measured yet: `make bench` writes `paper_figures/{profile}/bench.csv`.'
+    table = pd.read_csv(path); values = table.set_index('what')['value']; told = []
+    for seconds in (4, 60):
+        if (key := f'avhubert (published size), whole, {seconds} s: plain / ours') in values: told.append(f'{values[key]:.1f} at {seconds} s')
+    scores = {name: values.get(f'score {name} (published size): clip of 60 s') for name in PUBLISHED_SIZES}
+    costs = ', '.join(f'`{name}` {x:.0f} s' for name, x in scores.items() if x is not None)
+    if not told or not costs: return f'`paper_figures/{profile}/bench.csv` was made without the published sizes; run `make bench`.'
+    return (f"Scoring 60 s of face crops with the networks at their published size takes, on one thread: {costs}. AV-HuBERT base is "
+            f"{' and '.join(told)} of video times as fast as the same network layer by layer with explicit softmax attention "
+            f"(`make bench`; {table['machine'][0]}).")

@@ -94,7 +94,7 @@ EXPERT_INFOS = {info.name: describe(info) for info in (
     MetricInfo('agreement_control', 'Control', 'share', (0., 1.), None, ('expert', 'audio'),
                'agreement with the sound of another clip: .5 if position alone says nothing',
                'training.avhubert, crossmodal_agreement'),
-    *(MetricInfo(f'per_{stream}', f'PER {stream}', '', (0., np.inf), False, ('expert',),
+    *(MetricInfo(f'per_{stream}', f'PER {stream}', '', (0., np.inf), None if stream == 'constant' else False, ('expert',),
                  f'phoneme error rate of the {what}: edit distance over phonemes said', 'training.avhubert, phoneme_error_rate')
       for stream, what in (('video', 'lips alone'), ('audio', 'sound alone'), ('joint', 'lips and sound'),
                            ('constant', 'best answer that never changes'))))}
