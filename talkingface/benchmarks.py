@@ -156,10 +156,10 @@ def speed_summary(root: str | Path, profile: str) -> str:
     if not path.is_file(): return f'Speed was not measured yet: `make bench` writes `paper_figures/{profile}/bench.csv`.'
     table = pd.read_csv(path); values = table.set_index('what')['value']; told = []
     for seconds in (4, 60):
-        if (key := f'avhubert (published size), whole, {seconds} s: plain / ours') in values: told.append(f'{values[key]:.1f} at {seconds} s')
+        if (key := f'avhubert (published size), whole, {seconds} s: plain / ours') in values: told.append(f'{values[key]:.1f} times ({seconds} s of video)')
     scores = {name: values.get(f'score {name} (published size): clip of 60 s') for name in PUBLISHED_SIZES}
     costs = ', '.join(f'`{name}` {x:.0f} s' for name, x in scores.items() if x is not None)
     if not told or not costs: return f'`paper_figures/{profile}/bench.csv` was made without the published sizes; run `make bench`.'
     return (f"Scoring 60 s of face crops with the networks at their published size takes, on one thread: {costs}. AV-HuBERT base is "
-            f"{' and '.join(told)} of video times as fast as the same network layer by layer with explicit softmax attention "
+            f"{' and '.join(told)} as fast as the same network layer by layer with explicit softmax attention "
             f"(`make bench`; {table['machine'][0]}).")
