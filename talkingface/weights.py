@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRAPPINGS', 'save_model', 'write_weights', 'some', 'load_weights', 'read_weights', 'read_meta', 'load_model', 'Inert',
-           'look_up', 'PickleReader', 'read_inert', 'read_pickled', 'suspicious', 'read_published', 'unwrapped',
-           'load_published']
+           'look_up', 'PickleReader', 'read_inert', 'nesting', 'read_pickled', 'suspicious', 'read_published',
+           'unwrapped', 'load_published']
 
 # %% ../nbs/00_weights.ipynb #dac2ecc8
 import mmap
@@ -401,12 +401,42 @@ def read_inert(path: str | Path, names: set | None = None):
                               "Nothing of it was run. Restore it from its source") from error
 
 # %% ../nbs/00_weights.ipynb #be82499b
+def nesting(file   # opened for reading, at the start of a pickle
+           ) -> int:
+    "How deep tuples lie in tuples in a pickle; nothing is built. Hashing 100,000 levels would end the process."
+    stack, marks, memo, most = [], [], {}, 0
+    for code, value, _ in pickletools.genops(file):
+        before, after = code.stack_before, code.stack_after
+        if code.name == 'MARK': marks.append(len(stack)); continue
+        taken, plain = [], [kind for kind in before if kind not in (pickletools.markobject, pickletools.stackslice)]
+        if len(plain) < len(before) and marks: taken = stack[marks[-1]:]; del stack[marks.pop():]
+        taken += [stack.pop() for _ in plain if stack]
+        if code.name in ('GET', 'BINGET', 'LONG_BINGET'): stack.append(memo.get(value, 0)); continue
+        deep = 1 + max(taken, default=0) if code.name.startswith('TUPLE') or code.name == 'FROZENSET' else max(taken, default=0)
+        stack += [deep]*len(after); most = max(most, deep)
+        if code.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'): memo[len(memo) if value is None else value] = stack[-1] if stack else 0
+    return most
+
+def _too_deep(path: Path) -> bool:
+    "Is the first pickle of a file nested beyond anything that a checkpoint needs?"
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = [n for n in archive.namelist() if n.endswith('.pkl')]
+                return any(nesting(BytesIO(archive.read(n))) > 200 for n in names)
+        with open(path, 'rb') as file:
+            while True:                                              # older files: several pickles, then numbers
+                if nesting(file) > 200: return True
+    except _DAMAGE: return False
+
+# %% ../nbs/00_weights.ipynb #f67a8221
 def read_pickled(path: str | Path,            # .pt, .pth, .ckpt, .model: zip archive, older formats, or a bare pickle
                  names: set | None = None     # filled with the classes and functions that the file names and that were not run
                 ) -> object:                  # tensors, containers, plain values, and `Inert` for everything else
     "The content of a pickled checkpoint. No code of the file runs, and nothing that it names is imported or called."
     path = Path(path)
     if not path.is_file(): raise CheckpointError(f"no such file: {path}. Expected a published checkpoint there")
+    if _too_deep(path): raise CheckpointError(f"{path} is nested deeper than any checkpoint. Nothing of it was run. Restore it from its source")
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except _DAMAGE: return read_inert(path, names)
 

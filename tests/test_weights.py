@@ -257,6 +257,8 @@ def test_deep_keys_are_refused(tmp_path, into):
              'member': b'\x8f(' + deep + b'\x90.', 'frozen': b'(' + deep + b'\x91.'}[into]
     with pytest.raises(CheckpointError, match='key or member of a set is nested'):
         read_inert(written(tmp_path/'deep.pkl', whole, 'bare'))
+    for way in ('bare', 'zip', 'legacy'):
+        with pytest.raises(CheckpointError, match='nested deeper'): load_published(written(tmp_path/'deep.pt', whole, way))
     assert read_inert(written(tmp_path/'flat.pkl', b'}K\x01K\x02\x86Ns.', 'bare')) == {(1, 2): None}
 
 

@@ -192,6 +192,7 @@ class KnownFile:
 def _lips(name: str, what: str, megabytes: int) -> KnownFile:
     return KnownFile(name, 'avhubert', f'AV-HuBERT {what}', _AVHUBERT, megabytes, _AVHUBERT_SOURCE)
 
+_TORCHVISION = 'BSD-3 (torchvision); ImageNet for non-commercial research'
 _OWN_TERMS = 'BSD-3 (face-alignment); its data under own terms'
 KNOWN_FILES = (
     KnownFile('lipsync_expert.pth', 'syncnet', 'SyncNet of Wav2Lip', _WAV2LIP, 66, _WAV2LIP_SOURCE),
@@ -201,13 +202,19 @@ KNOWN_FILES = (
     KnownFile('baseline_v2_smproto.model', 'avsyncnet', 'ResNetSE-34 V2 of 64 mel bands: recognised, but AVSyncNet hears 80', 'MIT', 32,
               _SPEAKERS, 'audio_encoder'),
     KnownFile('resnet50-0676ba61.pth', 'avsyncnet', 'ImageNet ResNet-50: starts the image encoder of AVSyncNet',
-              'BSD-3 (torchvision); ImageNet for non-commercial research', 102, 'download.pytorch.org/models', 'face_encoder'),
+              _TORCHVISION, 102, 'download.pytorch.org/models', 'face_encoder'),
     _lips('large_vox_433h.pt', 'large, fine-tuned for lip reading; the decoder is left out', 1909),
     _lips('self_large_vox_433h.pt', 'large, fine-tuned with self-training; the decoder is left out', 1909),
     _lips('base_vox_433h.pt', 'base, fine-tuned for lip reading; the decoder is left out', 642),
     _lips('large_vox_iter5.pt', 'large, pre-trained', 1302), _lips('base_vox_iter5.pt', 'base, pre-trained', 413),
     KnownFile('s3fd-619a316812.pth', 'faces', 'detector of FaceAlignmentTracker', _OWN_TERMS, 90, _FACES),
     KnownFile('2DFAN4-11f355bf06.pth.tar', 'faces', 'landmarks of FaceAlignmentTracker', _OWN_TERMS, 96, _FACES),
+    KnownFile('pt_inception-2015-12-05-6726825d.pth', 'metrics', 'Inception v3 of FID', 'Apache-2.0', 95,
+              'releases of github.com/mseitzer/pytorch-fid'),
+    KnownFile('alexnet-owt-7be5be79.pth', 'metrics', 'trunk of LPIPS (alex)', _TORCHVISION, 244, 'download.pytorch.org/models'),
+    KnownFile('vgg16-397923af.pth', 'metrics', 'trunk of LPIPS (vgg)', _TORCHVISION, 553, 'download.pytorch.org/models'),
+    KnownFile('vgg19-dcbb9e9d.pth', 'metrics', 'features of IFC and of the perceptual loss', _TORCHVISION, 575,
+              'download.pytorch.org/models'),
     KnownFile('20words_mean_face.npy', 'faces', 'mean face that AV-HuBERT was trained with; ours stands in for it',
               'that of its repository: read it there', 0, _MEAN_FACE))
 
