@@ -34,7 +34,8 @@ data: $(VENV)/.stamp data.dvc
 	$(BIN)/dvc pull --quiet data.dvc
 	@touch data
 
-repro: data  ## the main job: corpus, training, evaluation, every table and figure of the profile
+# medium and bench build a larger corpus, which needs espeak-ng
+repro: data $(if $(filter medium bench,$(PROFILE)),$(VENV)/.stamp-corpus)  ## the main job: corpus, training, evaluation, every table and figure of the profile
 	$(BIN)/python -m talkingface repro $(if $(PROFILE),--profile $(PROFILE)) $(if $(JOBS),--jobs $(JOBS))
 
 test: data $(VENV)/.stamp-corpus  ## every test: notebooks, parity with goldens, properties, the whole pipeline at smoke size

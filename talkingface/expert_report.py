@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERT_INFOS', 'TARGETS', 'sample_clip', 'expert_speed', 'scoring_seconds', 'expert_measures', 'expert_lines',
-           'expert_targets', 'targets_markdown', 'draw_offset_curves', 'draw_losses', 'draw_confusion']
+           'expert_targets', 'targets_markdown', 'reached_elsewhere', 'draw_offset_curves', 'draw_losses',
+           'draw_confusion']
 
 # %% ../nbs/11_expert_report.ipynb #fa5e939f
 import time
@@ -20,6 +21,7 @@ from .experts.checkpoints import load_expert
 from .layers import gflop, parameter_count
 from .metrics.base import MetricInfo, describe
 from .metrics.sync import lse, lse_distances
+from .robustness import expert_label
 from .training.experts import has_split, held_out_accuracy
 
 # %% ../nbs/11_expert_report.ipynb #633b911c
@@ -59,7 +61,8 @@ def expert_measures(folder: str | Path,  # of a trained expert
     "What was measured of an expert, by split."
     meta = read_json(Path(folder)/'meta.json'); metrics = dict(meta.get('metrics') or {})
     errors = metrics.pop('phoneme_error', {})
-    told = {s: {**m, **({'phoneme_error': errors[s]} if s in errors else {})} for s, m in metrics.items() if isinstance(m, dict)}
+    spent = {'training': meta['seconds']} if meta.get('seconds') else {}
+    told = {s: {**m, **spent, **({'phoneme_error': errors[s]} if s in errors else {})} for s, m in metrics.items() if isinstance(m, dict)}
     if any('response' in m for m in told.values()): return told
     if store is None: raise InputError(f"{folder}/meta.json has no measures of expert_accuracy; pass a clip store to measure on")
     if not has_split(store, 'val'): raise InputError(f"{store} has no split val to measure {folder} on")
@@ -74,6 +77,8 @@ EXPERT_INFOS = {info.name: describe(info) for info in (
                'multiply-adds of one position, picture and sound, in a clip of 4 s', 'this package'),
     MetricInfo('windows', 'Speed', 'positions/s', (0., np.inf), None, ('expert',),
                'positions of a clip of 4 s embedded per second, one thread, median of calls', 'this package'),
+    MetricInfo('training', 'Training', 's', (0., np.inf), None, ('expert',),
+               'seconds of the training beside others on this machine, without pre-training', 'this package'),
     MetricInfo('pair', 'Pairs ≥ 5', 'share right', (0., 1.), True, ('expert', 'audio'),
                'share of pairs of one clip, at least 5 frames apart, in which the true sound scores higher', _ACCURACY),
     MetricInfo('pair_adjacent', 'Adjacent', 'share right', (0., 1.), True, ('expert', 'audio'), 'as pair, 1 frame apart',
@@ -91,6 +96,8 @@ EXPERT_INFOS = {info.name: describe(info) for info in (
                'with the lips than the sound 5 frames away', 'training.avhubert, crossmodal_agreement'),
     MetricInfo('agreement_speech', 'in speech', 'share', (0., 1.), True, ('expert', 'audio'), 'agreement of frames with speech',
                'training.avhubert, crossmodal_agreement'),
+    MetricInfo('agreement_inside', 'inside', 'share', (0., 1.), True, ('expert', 'audio'),
+               'agreement of frames that are more than 16 frames from the ends of a clip', 'training.avhubert, crossmodal_agreement'),
     MetricInfo('agreement_control', 'Control', 'share', (0., 1.), None, ('expert', 'audio'),
                'agreement with the sound of another clip: .5 if position alone says nothing',
                'training.avhubert, crossmodal_agreement'),
@@ -103,7 +110,7 @@ def _flat(found: dict) -> dict:
     "Measures of one split under the names of EXPERT_INFOS; what crossmodal_agreement calls `all` is the agreement."
     errors = found.get('phoneme_error') or {}
     return {**found, 'agreement': found.get('all'), 'agreement_speech': found.get('speech'),
-            'agreement_control': found.get('other_clip'),
+            'agreement_inside': found.get('inside'), 'agreement_control': found.get('other_clip'),
             **{f'per_{stream}': errors.get(stream) for stream in ('video', 'audio', 'joint', 'constant')}}
 
 def expert_lines(measures: dict,      # {expert: {split: measures}}
@@ -138,8 +145,13 @@ def expert_targets(measures: dict,   # {expert: {split: measures}}
         clips = [c for c in found.get(f'{key}_by_clip', []) if c is not None]; low, high = bootstrap_interval(clips, seed, f'{name}/{key}')
         lines.append(dict(claim=text, expert=name, set=split, measure=key, wanted=least, measured=np.nan if x is None else x,
                           low=low, high=high, n=len(clips),
-                          verdict='not measured' if x is None else 'reached' if x >= least else 'not reached'))
+                          verdict=_reached(x, low, high, least)))
     return pd.DataFrame(lines)
+
+def _reached(x: float | None, low: float, high: float, least: float) -> str:
+    "Whether a promise is kept, and whether the interval leaves that open."
+    if x is None: return 'not measured'
+    return ('reached' if x >= least else 'not reached') + (', the interval includes the aim' if low <= least <= high else '')
 
 def targets_markdown(targets) -> str:
     "The promises as a Markdown table."
@@ -148,6 +160,20 @@ def targets_markdown(targets) -> str:
              f"| {r.n} | {r.verdict} |" for r in targets.itertuples()]
     return '\n'.join(['| aim | set | at least | measured | 95 % over clips | clips | verdict |',
                       '|---|---|---:|---:|---|---:|---|', *lines, ''])
+
+# %% ../nbs/11_expert_report.ipynb #decb0065
+def reached_elsewhere(root: str | Path, profile: str) -> str:
+    "One sentence on what the experts of a profile reach on the set test, from its tracked measures; empty if it has none."
+    told = []
+    for name, key, *_ in TARGETS:
+        path = Path(root)/'paper_figures'/profile/'metrics'/f'expert-{name}.json'
+        if not path.is_file(): continue
+        found = _flat(read_json(path).get('test') or {})
+        if found.get(key) is None: continue
+        what = 'pairs at least 5 frames apart' if key == 'pair' else 'agreement of lips and sound'
+        more = f", {found['agreement_inside']:.3f} inside the clips" if key == 'agreement' and found.get('agreement_inside') else ''
+        told.append(f'{expert_label(name)} {found[key]:.3f} ({what}{more})')
+    return f"The experts of the profile `{profile}` reach, on the same people and voices: {'; '.join(told)}." if told else ''
 
 # %% ../nbs/11_expert_report.ipynb #d25f80e5
 def draw_offset_curves(measures: dict,          # {expert: {split: measures with `pair_at` and `response`}}
@@ -210,6 +236,11 @@ def _confusion_panel(ax, shares: np.ndarray, names: list[str], title: str):
         ax.text(i, i, f'{100*share:.0f}', ha='center', va='center', fontsize=5.5, color='white' if share > .55 else INK)
     return image
 
+def _slips(counts: np.ndarray) -> str:
+    "What was put in and left out; the last row and column count it."
+    said = counts[:-1].sum()
+    return f'{counts[-1].sum():.0f} put in, {counts[:-1, -1].sum():.0f} left out of {said:.0f}' if said else ''
+
 def draw_confusion(matrices: dict,      # {modality: (n,n) counts or shares, said by read}
                    names: list[str],    # of the n classes
                    title: str = ''
@@ -227,6 +258,8 @@ def draw_confusion(matrices: dict,      # {modality: (n,n) counts or shares, sai
                                  squeeze=False, sharey=True)
         plt.close(fig)
         for ax, (m, x) in zip(axes[0], shares.items()): image = _confusion_panel(ax, x, names, m)
+        if names[-1] == '-':
+            for ax, x in zip(axes[0], matrices.values()): ax.set_xlabel(f'read\n{_slips(np.asarray(x))}', fontsize=7.5)
         axes[0, 0].set_ylabel('said'); bar = fig.colorbar(image, ax=axes, shrink=.8, aspect=25); bar.outline.set_visible(False)
         bar.set_label('share of what is said', fontsize=8); bar.ax.tick_params(labelsize=7)
         if title: fig.suptitle(title, fontsize=10, weight='bold', x=.01, ha='left')

@@ -67,7 +67,8 @@ def run_footage(folder: str | Path,       # of real clips
     scorers = corpus_scorers(models/'experts'/'judge', models/'landmarker', device)
     rows = evaluate_method('ground_truth', METHODS['ground_truth'], clips, scorers, profile, seed, ['lse_c', 'lse_d', 'offset'])
     a, b = clips[face], clips[speech]; source, made = records[a.name], out/'dubbed'/f'{a.name}.mp4'
-    model = load_model(models/'generators'/generator, build_generator, device); check_independent(scorers.sync, model.meta)
+    model = load_model(models/'generators'/generator, build_generator, device)
+    for scorer in scorers.syncs.values(): check_independent(scorer, model.meta)
     report = dub(source.video, records[b.name].audio or records[b.name].video, model, StoredTracks(source.tracks.parent), made, seed=seed)
     kept = check_kept(source.video, made)
     dubbed, more = score_dubbed(made, source.tracks, generator, scorers, out/'dubbed'/'store', profile, seed)

@@ -49,7 +49,7 @@ class GenerateParams:
 class EvaluateParams:
     "Which clips are scored, and by what."
     sets: list[str]
-    metrics: list[str]
+    metrics: list[str]             # of metrics.report; `lse_c` stands for every sync expert at hand
 
 @dataclass
 class FigureParams:
@@ -71,10 +71,12 @@ class Profile:
     avhubert: dict
     readers: dict[str, dict]
     landmarker: dict
+    features: dict
     generator: dict
     generate: GenerateParams
     evaluate: EvaluateParams
     robustness: dict
+    behaviour: dict
     figures: FigureParams
 
 @dataclass
@@ -86,6 +88,7 @@ class Params:
     compared: list[str]            # experts of the robustness figures
     reported: list[str]            # experts of their table
     rows: dict[str, dict]
+    metrics: list[str]             # that the profiles share
     profiles: dict[str, dict]
 
 # %% ../nbs/10_pipeline.ipynb #e88df93a

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['REFERENCE_HEIGHT', 'PERTURBATIONS', 'LANDMARKS', 'SPAN', 'FLOOR', 'METRIC_LABELS', 'ROBUSTNESS_FIELDS',
-           'CURVE_FIELDS', 'EXPERT_LABELS', 'ORDINAL', 'MEASURES', 'CLAIMS', 'CLAIM_FIELDS', 'shift_x', 'shift_y',
-           'rotation', 'scale', 'move_frames', 'move_points', 'blur', 'jpeg', 'h264', 'brightness', 'noise', 'offset',
-           'Perturbation', 'Source', 'perturbed_clip', 'sync_loss', 'pair_table', 'pair_metrics', 'RobustnessParams',
-           'spoken_clips', 'network_label', 'trainings', 'evaluate_robustness', 'ground_truth_curves', 'write_table',
-           'read_table', 'in_order', 'interval', 'ground_truth_stats', 'expert_style', 'expert_label', 'networks_line',
-           'ground_truth_figure', 'response_table', 'response_figure', 'metric_axis', 'summary_table', 'summary_figure',
-           'Claim', 'verdict', 'robustness_claims', 'claims_markdown']
+           'CURVE_FIELDS', 'EXPERT_LABELS', 'ORDINAL', 'MEASURES', 'CLAIMS', 'CLAIM_FIELDS', 'CLAIM_NOTES', 'shift_x',
+           'shift_y', 'rotation', 'scale', 'move_frames', 'move_points', 'blur', 'jpeg', 'h264', 'brightness', 'noise',
+           'offset', 'Perturbation', 'Source', 'perturbed_clip', 'sync_loss', 'pair_table', 'pair_metrics',
+           'RobustnessParams', 'spoken_clips', 'network_label', 'trainings', 'evaluate_robustness',
+           'ground_truth_curves', 'write_table', 'read_table', 'in_order', 'interval', 'ground_truth_stats',
+           'expert_style', 'expert_label', 'networks_line', 'ground_truth_figure', 'response_table', 'response_figure',
+           'metric_axis', 'summary_table', 'summary_figure', 'Claim', 'verdict', 'robustness_claims', 'claims_markdown']
 
 # %% ../nbs/09_robustness.ipynb #a42c3f85
 import tempfile
@@ -294,7 +294,7 @@ def _hear(expert, wav: np.ndarray, every: int) -> torch.Tensor:
 def network_label(config: dict) -> str:
     "An expert's network and size in a few words, e.g. `syncnet, width 0.25`."
     sizes = config | (config.get('net') or {})
-    told = [k for k in ('width', 'size', 'layers', 'layer', 'dim') if sizes.get(k) is not None]
+    told = [k for k in ('width', 'audio_width', 'size', 'layers', 'layer', 'dim', 'shrink') if sizes.get(k) is not None]
     return ', '.join([str(config['name']), *(f'{k} {sizes[k]}' for k in told)])
 
 # %% ../nbs/09_robustness.ipynb #79b54566
@@ -844,8 +844,16 @@ def robustness_claims(rows,                    # of `evaluate_robustness`, of al
     return pd.DataFrame(lines).assign(profile=profile).reindex(columns=list(CLAIM_FIELDS))
 
 # %% ../nbs/09_robustness.ipynb #b2f87b99
-def claims_markdown(claims) -> str:    # of `robustness_claims`
-    "The claims as two Markdown tables: main measures, then the others."
+CLAIM_NOTES = (
+    'With landmarks found again AV-HuBERT sees an upright mouth, since its alignment undoes the rotation, while the crops of the '
+    'SyncNets stay turned: that claim holds by construction where the detector is ideal, as here.',
+    'AV-HuBERT is fine-tuned by CTC, frame labels of phonemes and cluster prediction (the last two ours, except in the profile '
+    '`paper`); "+ contrast" adds a contrastive term, ours too.')
+
+def claims_markdown(claims,            # of `robustness_claims`
+                    networks: str = '' # of `networks_line`: what stands behind the labels
+                   ) -> str:
+    "The claims as two Markdown tables, main measures, then the others; and what has to be known with them."
     number = lambda v: '' if np.isnan(v) else f'{v:.3f}'
     def table(part):
         yield '| claim | paper | measure | first | second | difference, 95 % interval | clips, seeds | verdict |'
@@ -860,4 +868,4 @@ def claims_markdown(claims) -> str:    # of `robustness_claims`
                       '95 % bootstrap intervals over clips. A claim is '
                       'reproduced, or not, if its main and its scale-free measure agree on that.', '', *table(claims[main]), '',
                       'The other measures of the same claims, each for itself; the scale-free one first:', '',
-                      *table(claims[~main]), ''])
+                      *table(claims[~main]), '', *([networks, ''] if networks else []), *(f'- {note}' for note in CLAIM_NOTES), ''])

@@ -4,16 +4,18 @@ import re
 import pytest
 import yaml
 
+from talkingface.behaviour import BehaviourParams
 from talkingface.core import ParamsError, typed
 from talkingface.data.corpora import corpus_spec
 from talkingface.experts.checkpoints import build_expert
 from talkingface.generators.base import generator_class
 from talkingface.metrics.base import metric_info
-from talkingface.metrics.report import CLIP_SCORES
+from talkingface.metrics.report import CLIP_SCORES, SET_SCORES
 from talkingface.pipeline import params_block, read_params, select_profiles, stage_parameters
 from talkingface.robustness import RobustnessParams
 from talkingface.training.avhubert import AVHubertParams
 from talkingface.training.experts import ExpertParams, LandmarkParams
+from talkingface.training.features import FeatureParams
 from talkingface.training.generators import GeneratorParams, Row
 from talkingface.losses.sync import LOSSES
 
@@ -29,10 +31,11 @@ def test_every_block_fills_its_dataclass(params, profile):
     typed(AVHubertParams, {**place, **block['avhubert']}, f'{profile}.avhubert'); typed(RobustnessParams, block['robustness'])
     for name in params['readers']: typed(AVHubertParams, {**place, **block['avhubert'], **block['readers'][name]}, f'{profile}.readers.{name}')
     assert {*params['compared'], *params['reported']} <= {*params['experts'], *params['readers']}
+    typed(FeatureParams, {**place, **block['features']}); typed(BehaviourParams, block['behaviour'])
     typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
     typed(GeneratorParams, {**place, **{k: v for k, v in block['generator'].items() if k not in ('net', 'options')}})
     generator_class(block['generator']['net']['name'])
-    for name in block['evaluate']['metrics']: assert metric_info(name).name in CLIP_SCORES
+    for name in block['evaluate']['metrics']: assert metric_info(name).name in CLIP_SCORES.keys() | SET_SCORES.keys()
     for name, row in params['rows'].items():
         filled = {'generator': block['generator']['net'], 'options': block['generator'].get('options', {}), **{k: v for k, v in row.items() if k != 'about'}}
         assert set(typed(Row, filled).losses) <= set(LOSSES) and (row['expert'] is None or row['expert'] in params['experts'])

@@ -39,7 +39,8 @@ def checkout(root, tmp_path_factory) -> Path:
 
 
 FIGURES = ('strip_setup_a', 'stabilized_sync/fig_01', 'stabilized_sync/fig_shift', 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
-           'robustness_cosine', 'robustness_summary', 'experts_offsets', 'experts_visemes', 'experts_losses')
+           'robustness_cosine', 'robustness_summary', 'experts_offsets', 'experts_visemes', 'experts_losses', 'av_expert/fig_05_metrics',
+           'behaviour', 'behaviour_answers')
 
 
 def test_claims_are_judged_for_every_expert(checkout):
@@ -54,11 +55,12 @@ def test_claims_are_judged_for_every_expert(checkout):
 
 def test_tables_and_figures_are_there_with_their_numbers(checkout):
     made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
-    expected = {f'baselines.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
+    expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more') for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
     tables = {f'experts.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {'claims.csv', 'claims.md', 'claims_aims.csv', 'av_expert/fig_01_stats.csv'}
     assert expected | tables | {'provenance.json'} <= made
     table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
-    assert set(table['method']) == {'ground_truth', 'reencoded', 'setup_a', 'random_frame', 'static_frame', 'shuffled_audio'}
+    assert set(table['method']) == {'ground_truth', 'reencoded', 'reencoded_35', 'reencoded_45', 'setup_a', 'random_frame', 'static_frame',
+                                    'shuffled_audio'}
     assert set(table['set']) == {'test', 'words', 'hd'}
 
 
@@ -76,7 +78,7 @@ def test_floors_and_ceilings_stand_where_they_must(checkout):
         assert cells.loc['ground_truth', 'ssim'] == 1 and cells.loc['ground_truth', 'lmd'] == 0 and np.isinf(cells.loc['ground_truth', 'psnr'])
         assert 1 > cells.loc['reencoded', 'ssim'] > cells.loc['random_frame', 'ssim']
         assert np.isnan(cells.loc['shuffled_audio', 'psnr'])
-    assert np.isfinite(table.loc[('test', 'shuffled_audio'), 'lse_d']) and np.isfinite(table.loc[('test', 'ground_truth'), 'lse_d'])
+    assert np.isfinite(table.loc[('test', 'shuffled_audio'), 'lse_d[corpus]']) and np.isfinite(table.loc[('test', 'ground_truth'), 'lse_d[corpus]'])
 
 
 def test_provenance_says_what_made_it(checkout):

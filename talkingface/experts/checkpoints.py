@@ -132,6 +132,10 @@ ARCHITECTURES = (
     Architecture('HuBERT or wav2vec 2.0 of sound alone', ('feature_extractor.conv_layers.0.0.weight',)),
     Architecture('ResNet-50 of torchvision', ('conv1.weight', 'layer1.0.conv3.weight', 'fc.weight'), 'avsyncnet',
                  lambda *_: dict(name='avsyncnet'), 'face_encoder', kernel=(3, 7, 7)),
+    Architecture('AlexNet of torchvision', ('features.0.weight', 'features.10.weight', 'classifier.6.weight'), kernel=(3, 11, 11)),
+    Architecture('VGG-19 of torchvision', ('features.0.weight', 'features.34.weight'), kernel=(3, 3, 3)),
+    Architecture('VGG-16 of torchvision', ('features.0.weight', 'features.28.weight'), kernel=(3, 3, 3)),
+    Architecture('Inception of FID', ('Conv2d_1a_3x3.conv.weight', 'Mixed_7c.branch_pool.conv.weight', 'fc.weight')),
     Architecture('face detector S3FD', ('conv1_1.weight', 'conv3_3_norm_mbox_conf.weight')),
     Architecture('face landmarks 2DFAN4', ('conv1.weight', 'm0.b1_4.bn1.weight')))
 
@@ -209,7 +213,7 @@ KNOWN_FILES = (
     _lips('large_vox_iter5.pt', 'large, pre-trained', 1302), _lips('base_vox_iter5.pt', 'base, pre-trained', 413),
     KnownFile('s3fd-619a316812.pth', 'faces', 'detector of FaceAlignmentTracker', _OWN_TERMS, 90, _FACES),
     KnownFile('2DFAN4-11f355bf06.pth.tar', 'faces', 'landmarks of FaceAlignmentTracker', _OWN_TERMS, 96, _FACES),
-    KnownFile('pt_inception-2015-12-05-6726825d.pth', 'metrics', 'Inception v3 of FID', 'Apache-2.0', 95,
+    KnownFile('pt_inception-2015-12-05-6726825d.pth', 'metrics', 'Inception v3 of FID', 'Apache-2.0', 96,
               'releases of github.com/mseitzer/pytorch-fid'),
     KnownFile('alexnet-owt-7be5be79.pth', 'metrics', 'trunk of LPIPS (alex)', _TORCHVISION, 244, 'download.pytorch.org/models'),
     KnownFile('vgg16-397923af.pth', 'metrics', 'trunk of LPIPS (vgg)', _TORCHVISION, 553, 'download.pytorch.org/models'),

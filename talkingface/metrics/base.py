@@ -16,7 +16,9 @@ from torchmetrics import Metric   # after talkingface, which prepares torchvisio
 
 # %% ../../nbs/08_metrics/00_base.ipynb #84cb9b92
 NEEDS = {'ground_truth': 'frames of the true clip', 'landmarks': 'a mouth landmarker or stored landmarks',
-         'audio': 'the speech that the face should follow', 'expert': 'a trained sync expert'}
+         'audio': 'the speech that the face should follow', 'expert': 'a sync expert, trained or with published weights',
+         'lip_reader': 'an AV-HuBERT, trained or with published weights', 'features': 'a feature network trained on the corpus',
+         'weights': 'published weights in the weights folder', 'reference': 'the frames that showed the generator the person'}
 
 @dataclass(frozen=True)
 class MetricInfo:

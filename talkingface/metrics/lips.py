@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOUTH', 'STILL', 'LMD_INFO', 'LMD_ALIGNED_INFO', 'LMD_STORED_INFO', 'APERTURE_INFO', 'APERTURE_STORED_INFO',
-           'mouth_points', 'lmd_frames', 'lmd', 'aperture', 'aperture_correlation', 'LMD', 'ApertureCorrelation',
-           'LipTracker']
+           'mouth_points', 'lmd_frames', 'lmd', 'aperture', 'aperture_correlation', 'LMD', 'LMDAligned', 'LMDStored',
+           'ApertureCorrelation', 'ApertureCorrelationStored', 'LipTracker']
 
 # %% ../../nbs/08_metrics/02_lips.ipynb #23ecc53a
 import numpy as np
@@ -86,9 +86,21 @@ class LMD(ClipMean):
     "Mean mouth landmark distance over clips (torchmetrics)."
     info, options, score = LMD_INFO, ('aligned',), staticmethod(lmd)
 
+class LMDAligned(ClipMean):
+    "Mean over clips of the distance without each frame's mean position (torchmetrics)."
+    info, score = LMD_ALIGNED_INFO, staticmethod(lambda generated, truth, valid=None: lmd(generated, truth, valid, aligned=True))
+
+class LMDStored(LMD):
+    "Mean over clips of the distance to landmarks that came with the clips (torchmetrics)."
+    info = LMD_STORED_INFO
+
 class ApertureCorrelation(ClipMean):
     "Mean correlation of mouth opening over clips (torchmetrics)."
     info, score = APERTURE_INFO, staticmethod(aperture_correlation)
+
+class ApertureCorrelationStored(ApertureCorrelation):
+    "Mean correlation with the opening of landmarks that came with the clips (torchmetrics)."
+    info = APERTURE_STORED_INFO
 
 # %% ../../nbs/08_metrics/02_lips.ipynb #a4e218de
 class LipTracker:
@@ -101,11 +113,10 @@ class LipTracker:
         self.landmarker, self.name, self.sha256, self.batch = landmarker.eval(), name, sha256, batch
 
     @torch.no_grad()
-    def __call__(self, faces              # (T,3,H,W) uint8
+    def __call__(self, faces              # (T,3,H,W) uint8; may be memory-mapped
                 ) -> np.ndarray:          # (T,20,2) float32 px
         device = next((p.device for p in self.landmarker.parameters()), torch.device('cpu'))
-        faces = as_tensor(faces)
-        parts = [self.landmarker(faces[i:i + self.batch].to(device).float() / 255).cpu()
+        parts = [self.landmarker(as_tensor(faces[i:i + self.batch]).to(device).float() / 255).cpu()
                  for i in range(0, len(faces), self.batch)]
         return torch.cat(parts).numpy()
 
