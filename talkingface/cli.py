@@ -108,20 +108,124 @@ def _generate(args) -> int:
 
 # %% ../nbs/13_cli.ipynb #e7f4172b
 def _evaluate(args) -> int:
+    if args.list: return _list_metrics(args)
+    if not args.out: raise InputError("evaluate: --out is missing; expected a folder for the report (a .csv file with --store)")
+    return _evaluate_store(args) if args.store else _evaluate_videos(args)
+
+def _scorers(args):
+    from talkingface.evaluation import usual_folders, usual_scorers
+    folders = usual_folders('.', judge=args.judge, landmarker=args.landmarker, avhubert=args.avhubert, features=args.features)
+    return usual_scorers(folders, args.device, args.metrics), folders
+
+def _list_metrics(args) -> int:
+    "Every metric with its entry in the registry, and whether it can be scored now."
+    from talkingface.evaluation import by_group
+    from talkingface.metrics.base import NEEDS, metric_info
+    from talkingface.metrics.report import availability
+    known = availability(_scorers(args)[0], reference=True); wanted = [m.split('[')[0] for m in args.metrics or ()]
+    shown = {n: why for n, why in known.items() if not wanted or n.split('[')[0] in wanted}
+    print(f'{sum(not why for why in shown.values())} of {len(shown)} metrics are available')
+    for name in [m for some in by_group(shown).values() for m in some]:
+        info, why = metric_info(name), shown[name]
+        low, high = (f'{v:g}'.replace('inf', 'infinity') for v in info.range)
+        better = {True: 'higher is better', False: 'lower is better', None: 'neither direction is better'}[info.higher_is_better]
+        print(f"\n{name}: {'available' if not why else 'not available: ' + why}\n"
+              f"    {info.label}{f', {info.unit}' if info.unit else ''}, {low} to {high}, {better}; "
+              f"needs {', '.join(NEEDS[n] for n in info.needs) or 'nothing'}\n    {info.protocol}\n    source: {info.source}")
+    return 0
+
+# %% ../nbs/13_cli.ipynb #5f659947
+def _pairs(args) -> list:
+    "The pairs that the arguments name."
+    from talkingface.pairs import find_pairs, read_manifest
+    methods = {}
+    for given in args.method or ():
+        name, sign, folder = given.partition('=')
+        if sign and name in methods: raise InputError(f"--method {name} is given twice; methods need different names")
+        if sign: methods[name] = folder
+        elif not args.generated: raise InputError(f"--method: expected NAME=DIR, got {given!r}")
+    if args.generated:
+        name = next((m for m in args.method or () if '=' not in m), Path(args.generated).resolve().name)
+        methods[name] = args.generated
+    if args.manifest: return read_manifest(args.manifest, next(iter(methods), 'generated'))
+    if not methods or not args.reference:
+        raise InputError("expected --generated DIR (or --method NAME=DIR, repeated) with --reference DIR, or --manifest FILE, "
+                         "or --store DIR")
+    return find_pairs(methods, args.reference)
+
+def _finder(args, pairs: list):
+    "The tracker for videos without landmarks, and the pairs as it wants them."
+    from dataclasses import replace
+    from talkingface.core import MissingExtra, MissingWeights
+    from talkingface.data.faces import FaceAlignmentTracker
+    from talkingface.evaluation import tracks_cache
+    tracker = FaceAlignmentTracker(args.device, cache=args.cache or tracks_cache())
+    if args.tracker == 'stored': return None, pairs
+    if args.tracker == 'face-alignment':
+        tracker.check(); bare = lambda side: side and replace(side, tracks=None)
+        return tracker, [replace(p, generated=bare(p.generated), reference=bare(p.reference)) for p in pairs]
+    try: tracker.check()
+    except (MissingWeights, MissingExtra): return None, pairs
+    return tracker, pairs
+
+def _share_cores(workers: int | None) -> int:
+    "Number of processes that read videos; the other cores score, or all wait for each other."
+    import torch
+    cores = len(os.sched_getaffinity(0)); workers = workers or max(1, cores//2)
+    if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(max(1, cores - workers*(workers > 1)))
+    return workers
+
+def _evaluate_videos(args) -> int:
+    from talkingface.evaluation import evaluate, warnings_of
+    from talkingface.pairs import Framing
+    framing, (tracker, pairs) = Framing(args.size, args.tracks, args.audio), _finder(args, _pairs(args))
+    scorers, folders = _scorers(args); workers = _share_cores(args.workers)
+    done = evaluate(pairs, args.out, scorers, args.metrics, framing, tracker, workers, args.seed, args.profile,
+                    device=args.device, networks={k: str(v) for k, v in folders.items() if v})
+    print(_summary_text(done.summary))
+    for warning in warnings_of(done): print(f'note: {warning}', file=sys.stderr)
+    for skip in done.skipped: print(f"skipped {skip['method']}/{skip['clip']}: {skip['reason']}", file=sys.stderr)
+    print(f"{done.scored} of {len(pairs)} pairs scored, {done.fresh} now; {Path(args.out)/'report.html'}")
+    return done.status
+
+def _told_mean(row, decimals: int) -> str:
+    from talkingface.page import number
+    between = f'[{number(row.low, decimals)}, {number(row.high, decimals)}] ' if row.low == row.low else ''
+    return f'{number(row.mean, decimals)} {between}n={row.n}/{row.given}' + (f', {row.infinite} infinite' if row.infinite else '')
+
+def _summary_text(summary) -> str:
+    "The summary for a terminal: a line for each metric, a column for each method."
+    from talkingface.page import digits
+    lines = []
+    for s in summary['set'].unique():
+        table = summary[summary['set'] == s]; methods = list(table['method'].unique()); rows = [[f'{s}', *methods]]
+        for metric, group in table.groupby('metric', sort=False):
+            d, cells = digits(group[['mean', 'low', 'high']].to_numpy().ravel()), {r.method: r for r in group.itertuples()}
+            rows.append([metric, *(_told_mean(cells[m], d) if m in cells else '' for m in methods)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines += ['  '.join(text.ljust(w) for text, w in zip(row, widths)).rstrip() for row in rows] + ['']
+    return '\n'.join(lines)
+
+# %% ../nbs/13_cli.ipynb #949b378b
+def _evaluate_store(args) -> int:
     from talkingface.data.clips import ClipStore
     from talkingface.dubbing import METHODS, stored_faces
     from talkingface.experiments import summarise, write_rows
     from talkingface.metrics.report import corpus_scorers, evaluate_method
     store = ClipStore(args.store); clips = store.split(*args.sets) if args.sets else store
     faces = stored_faces(args.generated, clips.names) if args.generated else METHODS['ground_truth']
-    method = args.method or ('ground_truth' if not args.generated else Path(args.generated).name)
-    scorers = corpus_scorers(args.judge, args.landmarker, args.device)
-    if args.generated and scorers.sync: _independent(scorers.sync, Path(args.generated)/'meta.json')
+    method = args.method[0] if args.method else 'ground_truth' if not args.generated else Path(args.generated).name
+    roles = ('judge', 'landmarker', 'avhubert', 'features')
+    named = {role: None if (folder := getattr(args, role)) == 'none' else folder for role in roles}
+    scorers = corpus_scorers(**named, device=args.device)
+    if args.generated:
+        for judge in scorers.syncs.values(): _independent(judge, Path(args.generated)/'meta.json')
     rows = evaluate_method(method, faces, clips, scorers, args.profile, args.seed, args.metrics)
     write_rows(args.out, rows); print(summarise(rows).to_string(index=False))
     for reason, count in Counter(r['reason'] for r in rows if r['value'] is None).items():
         print(f'no value for {count} rows: {reason}')
-    return 0 if any(r['value'] is not None for r in rows) else 1
+    scored = {r['clip'] for r in rows if r['value'] is not None}
+    return 2 if not scored else 1 if {r['clip'] for r in rows} - scored - {'all'} else 0
 
 def _independent(scorer, meta: Path) -> None:
     "Refuse a judge that trained the generator; say so where nothing is known of the training."
@@ -201,14 +305,36 @@ def _model_commands(add) -> None:
     for name in ('video', 'audio', 'generator', 'out'): p.add_argument(f'--{name}', required=True)
     p.add_argument('--reference', default='random', help='frame that shows who the person is: random, fixed, first or closed')
     _common(p, 'device', 'seed', 'tracker')
-    p = add('evaluate', _evaluate, 'score generated faces against a clip store; tidy rows as CSV')
-    p.add_argument('--store', required=True)
-    p.add_argument('--generated', help='folder of generated faces (default: score the clips themselves)')
-    p.add_argument('--out', required=True, help='rows, .csv')
-    p.add_argument('--judge', help='folder of the expert that scores')
-    p.add_argument('--landmarker', help='folder of the mouth landmarker')
-    p.add_argument('--metrics', nargs='+'); p.add_argument('--sets', nargs='+', help='splits (default: all)')
-    p.add_argument('--method', help='name in the rows'); _common(p, 'device', 'seed', 'profile')
+    _evaluate_options(add('evaluate', _evaluate,
+                          'score generated videos against their references with every metric: rows, intervals and a report; '
+                          'status 0 all scored, 1 some skipped, 2 nothing scored or wrong usage'))
+
+def _evaluate_options(p) -> None:
+    p.set_defaults(failure=2)
+    p.add_argument('--generated', metavar='DIR',
+                   help='folder of generated videos (with --store: of generated faces; default: the clips themselves)')
+    p.add_argument('--method', action='append', metavar='NAME=DIR',
+                   help='a method and its folder, repeated to compare several; the first is what the others are compared with. '
+                        'NAME alone names --generated')
+    p.add_argument('--reference', metavar='DIR', help='folder of the true videos, matched by name')
+    p.add_argument('--manifest', metavar='FILE',
+                   help='CSV of pairs instead: generated, reference, and clip, method, set, tracks, audio, shown')
+    p.add_argument('--store', metavar='DIR', help='a clip store instead of a folder of true videos; --out is then a .csv')
+    p.add_argument('--sets', nargs='+', help='splits of the store (default: all)')
+    p.add_argument('--out', metavar='DIR',
+                   help='folder for rows, summary and report; finished clips are kept there, run it again to go on')
+    p.add_argument('--list', action='store_true', help='print every metric, and which are available now')
+    p.add_argument('--metrics', nargs='+', help='names from --list (default: all that are available)')
+    for name, what in (('judge', 'sync expert that scores: runs/*/experts/judge'), ('landmarker', 'mouth landmarker: runs/*/landmarker'),
+                       ('avhubert', 'AV-HuBERT: runs/*/experts/avhubert'), ('features', 'feature network: runs/*/features')):
+        p.add_argument(f'--{name}', metavar='DIR', help=f'{what} (default: the newest; none: leave it out)')
+    p.add_argument('--tracker', choices=['stored', 'face-alignment'],
+                   help='where landmarks come from (default: stored ones, then face-alignment if its weights are there)')
+    p.add_argument('--tracks', choices=['reference', 'own'], default='reference', help='whose face boxes cut a generated video')
+    p.add_argument('--audio', choices=['generated', 'reference'], default='generated', help='the sound that lips are compared to')
+    p.add_argument('--size', type=int, default=96, help='side of the face crops, px')
+    p.add_argument('--cache', metavar='DIR', help='where face tracks are kept by content (default: ~/.cache/talkingface/tracks)')
+    _common(p, 'device', 'seed', 'workers'); p.add_argument('--profile', default='demo', help='name in the rows')
 
 # %% ../nbs/13_cli.ipynb #86eaa9ae
 def _weight_commands(add) -> None:
@@ -246,14 +372,16 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../nbs/13_cli.ipynb #902b7831
 def main(argv: list[str] | None = None   # without the program's name; None takes them from the process
         ) -> int:                        # exit status
-    "Run one command. Errors of ours become one message on stderr and status 1."
+    "Run one command. Errors of ours become one message on stderr and status 1, or 2 where a command says so."
     args = build_parser().parse_args(argv)
     try: return args.function(args)
-    except TalkingFaceError as error: print(f'talkingface {args.command}: {error}', file=sys.stderr); return 1
+    except TalkingFaceError as error:
+        print(f'talkingface {args.command}: {error}', file=sys.stderr)
+        return getattr(args, 'failure', 1)
     except OSError as error:
         print(f'talkingface {args.command}: {error.strerror or error}: {error.filename or ""}; check the path, its permissions '
               'and the free space, then run the command again', file=sys.stderr)
-        return 1
+        return getattr(args, 'failure', 1)
     except KeyboardInterrupt:
         print(f'talkingface {args.command}: interrupted; what was finished is kept, run it again to go on', file=sys.stderr)
         return 130
