@@ -1,5 +1,6 @@
 """The shape of the repository: what the conventions promise, checked on the files themselves."""
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -135,6 +136,13 @@ def test_every_stage_is_described():
 
 def test_every_table_and_figure_has_a_stage():
     for path in STAGES: stage_of(path)
+
+
+def test_notebooks_begin_with_their_title():
+    "No leftovers of a conversion stand before it."
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        first = json.loads(path.read_text())['cells'][0]
+        assert first['cell_type'] != 'code' or not ''.join(first['source']).startswith('# ---'), path
 
 
 def test_notebooks_are_committed_without_outputs():
