@@ -12,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export PYTHONDONTWRITEBYTECODE := 1
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: setup repro test coverage docs lab bench corpus real export clean help
+.PHONY: setup repro test coverage docs lab bench bench-metrics corpus real export clean help
 .DEFAULT_GOAL := help
 
 setup: $(VENV)/.stamp  ## make the environment in .venv: every package at its pinned version
@@ -54,6 +54,10 @@ bench: data  ## speed, as ratios measured in one run: rendering, preparing, read
 	$(BIN)/python -m talkingface repro --stages prepare $(if $(PROFILE),--profile $(PROFILE))
 	$(BIN)/python -m talkingface bench $(if $(PROFILE),--profile $(PROFILE))
 
+bench-metrics: data  ## what metrics cost: against the bare networks, the usual scripts, one by one; memory
+	$(BIN)/python -m talkingface repro --stages prepare train_expert train_landmarker train_features $(if $(PROFILE),--profile $(PROFILE))
+	$(BIN)/python -m talkingface bench-metrics $(if $(PROFILE),--profile $(PROFILE))
+
 corpus: data $(VENV)/.stamp-corpus  ## rebuild the tracked corpus and compare its bytes with data/corpus
 	$(BIN)/python -m talkingface corpus check --rebuild
 
@@ -68,5 +72,5 @@ clean:  ## remove results, caches and the built site; keeps .venv and data
 	rm -rf runs _docs _proc _docs_src .pytest_cache
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r a b; do printf '  make %-8s %s\n' "$$a" "$$b"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r a b; do printf '  make %-13s %s\n' "$$a" "$$b"; done
 	@echo '  variables: PROFILE=smoke|demo|medium|bench|paper  JOBS=stages side by side  PYTHON=python3.11'

@@ -9,6 +9,7 @@ __all__ = ['build_parser', 'main']
 import argparse
 import os
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -110,7 +111,10 @@ def _generate(args) -> int:
 def _evaluate(args) -> int:
     if args.list: return _list_metrics(args)
     if not args.out: raise InputError("evaluate: --out is missing; expected a folder for the report (a .csv file with --store)")
-    return _evaluate_store(args) if args.store else _evaluate_videos(args)
+    try: return _evaluate_store(args) if args.store else _evaluate_videos(args)
+    except (TalkingFaceError, OSError): raise
+    except Exception:                                  # a bug: its traceback, and not the status of a run that skipped clips
+        traceback.print_exc(); return 2
 
 def _scorers(args):
     from talkingface.evaluation import usual_folders, usual_scorers
@@ -142,10 +146,12 @@ def _pairs(args) -> list:
     for given in args.method or ():
         name, sign, folder = given.partition('=')
         if sign and name in methods: raise InputError(f"--method {name} is given twice; methods need different names")
+        if sign and not (name and folder): raise InputError(f"--method: expected NAME=DIR, got {given!r}")
         if sign: methods[name] = folder
         elif not args.generated: raise InputError(f"--method: expected NAME=DIR, got {given!r}")
     if args.generated:
         name = next((m for m in args.method or () if '=' not in m), Path(args.generated).resolve().name)
+        if name in methods: raise InputError(f"--generated is called {name}, as a --method is; rename one: --method NAME --generated DIR")
         methods[name] = args.generated
     if args.manifest: return read_manifest(args.manifest, next(iter(methods), 'generated'))
     if not methods or not args.reference:
@@ -172,7 +178,7 @@ def _share_cores(workers: int | None) -> int:
     "Number of processes that read videos; the other cores score, or all wait for each other."
     import torch
     cores = len(os.sched_getaffinity(0)); workers = workers or max(1, cores//2)
-    if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(max(1, cores - workers*(workers > 1)))
+    if 'OMP_NUM_THREADS' not in os.environ: torch.set_num_threads(max(1, cores//2))      # whatever `workers`: values stay the same
     return workers
 
 def _evaluate_videos(args) -> int:
@@ -258,6 +264,11 @@ def _real(args) -> int:
 def _bench(args) -> int:
     from talkingface.benchmarks import run_benchmarks
     run_benchmarks(repository_root(), args.profile, args.seconds, not args.profile_only)
+    return 0
+
+def _bench_metrics(args) -> int:
+    from talkingface.metric_benchmarks import run_metric_benchmarks
+    run_metric_benchmarks(repository_root(), args.profile, args.seconds, args.real, full=not args.small)
     return 0
 
 # %% ../nbs/13_cli.ipynb #58af3af5
@@ -358,6 +369,10 @@ def _pipeline_commands(add) -> None:
     p.add_argument('--seconds', type=float, default=8., help='per measurement'); _common(p, 'profile')
     p.add_argument('--profile-only', action='store_true',
                    help='leave out the experts at their published size, which take minutes')
+    p = add('bench-metrics', _bench_metrics, 'measure what metrics cost, as ratios in one run')
+    p.add_argument('--seconds', type=float, default=5., help='per measurement'); _common(p, 'profile')
+    p.add_argument('--real', help='folder of real clips (default: TALKINGFACE_REAL_CLIPS)')
+    p.add_argument('--small', action='store_true', help='small networks, without the measurements that take minutes')
 
 def build_parser() -> argparse.ArgumentParser:
     "The parser of the command line, with one sub-command for each thing that a person does."

@@ -10,6 +10,7 @@ __all__ = ['ON_DEMAND', 'TRUE_OPENING', 'SUMMARY', 'FEW', 'DIFFERENCES', 'GROUPS
            'tracks_cache', 'usual_scorers']
 
 # %% ../nbs/10_evaluation.ipynb #75e4fb2b
+import hashlib
 import json
 import os
 import time
@@ -29,7 +30,7 @@ from .metrics.report import (NETWORKS, ROW_FIELDS, SET_SCORES, Case, Scorers, av
                                         finish_set, published_scorers, score_clip, set_interval, set_parts, split_name)
 from . import page as web
 from .pairs import (ALIGNMENT, SOUND, TRACKS, Framing, Job, Pair, Prepared, content, find_pairs, mapped,
-                               prepared_jobs, stamp)
+                               prepared_jobs, reason_of, stamp)
 
 # %% ../nbs/10_evaluation.ipynb #937a263c
 @dataclass
@@ -77,7 +78,12 @@ _ENTRY = ('method', 'clip', 'set', 'rows', 'facts', 'reasons', 'stamp', 'content
 
 def part_path(out: Path, method: str, clip: str) -> Path:
     "Where the part of a clip lies."
-    return Path(out)/'parts'/quote(method, safe='')/f"{quote(clip, safe='')}.safetensors"
+    return Path(out)/'parts'/_file_name(method)/f'{_file_name(clip)}.safetensors'
+
+def _file_name(name: str) -> str:
+    "A name for a file, one for each `name`: quoted, and short enough for any file system."
+    quoted = quote(name, safe='')
+    return quoted if len(quoted) <= 120 and quoted.strip('.') else f'{quoted[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}'
 
 def write_part(path: Path, part: Part) -> None:
     "Write a part in one step."
@@ -143,7 +149,7 @@ def open_case(done: Prepared, pair: Pair, scorers: Scorers, size: int = 96,
              ) -> Case:
     "A pair that a worker prepared, ready to be scored."
     generated, truth = open_prepared(done, pair.set, size)
-    shown = None if pair.shown is None else np.full(truth.frames, min(pair.shown, truth.frames - 1))
+    shown = None if pair.shown is None else np.full(truth.frames, pair.shown)
     same = like is not None and np.array_equal(like.wav, truth.wav) and np.array_equal(like.valid, truth.valid)
     return Case(generated, truth, scorers, truth=like.truth if same else None, reference=shown)
 
@@ -178,13 +184,22 @@ def weights_of(scorers: Scorers) -> dict[str, dict[str, str]]:
         found[role] = {name: sha256(scorer) for name, scorer in some.items()}
     return found
 
+def _protocols(scorers: Scorers) -> dict[str, dict[str, str]]:
+    "Role -> name -> what a network is set to, such as the reach of offsets."
+    some = lambda value: value if isinstance(value, dict) else {getattr(value, 'name', ''): value}
+    return {role: {n: getattr(s, 'protocol', '') for n, s in some(value).items()} for role, value in vars(scorers).items()
+            if role != 'missing' and value}
+
+def _of_pair(settings: str, pair: Pair) -> str: return f'{settings} shown={pair.shown}'
+
 def _digest(framing: Framing, metrics: list[str], scorers: Scorers, tracker) -> str:
     "The settings of a run as one text."
     return json.dumps(dict(framing=asdict(framing), metrics=sorted(metrics), weights=weights_of(scorers), tracker=repr(tracker),
+                           protocols=_protocols(scorers),
                            code=source_hash(*_CODE)), sort_keys=True)
 
 def _still_good(part: Part | None, pair: Pair, settings: str) -> bool:
-    if part is None or part.settings != settings: return False
+    if part is None or part.settings != _of_pair(settings, pair): return False
     if not all(f.is_file() for side in (pair.generated, pair.reference) for f in side.files): return False
     return part.stamp == stamp(pair.generated, pair.reference) or part.content == content(pair.generated, pair.reference)
 
@@ -308,8 +323,10 @@ def _score_all(pairs: list[Pair], out: Path, scorers: Scorers, metrics: list[str
                 try:
                     if done.reason: raise InputError(done.reason)
                     case = like = open_case(done, known[key], scorers, framing.size, like)
-                    write_part(part_path(out, *key), replace(score_case(case, done, metrics), settings=settings)); fresh += 1
-                except InputError as error: reasons[key] = str(error); part_path(out, *key).unlink(missing_ok=True)
+                    write_part(part_path(out, *key), replace(score_case(case, done, metrics), settings=_of_pair(settings, known[key])))
+                    fresh += 1
+                except Exception as error:
+                    reasons[key] = reason_of(error); part_path(out, *key).unlink(missing_ok=True)
                 bar.update(1)
     return reasons, fresh
 

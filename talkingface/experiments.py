@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROW_KEY', 'PUBLISHED_FIELDS', 'METHOD_LABELS', 'REFERENCES', 'PUBLISHED_NETWORKS', 'LATEX', 'INK', 'QUIET_INK',
            'RULE', 'DASHES', 'MARKERS', 'check_rows', 'write_rows', 'read_rows', 'bootstrap_interval', 'summarise',
-           'paired_difference', 'published', 'told_beside', 'metric_columns', 'metric_table', 'metric_label',
-           'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'save_figure', 'draw_table',
-           'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'clip_strip', 'write_provenance',
-           'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
+           'degradation_order', 'paired_difference', 'published', 'told_beside', 'metric_columns', 'metric_table',
+           'metric_label', 'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'save_figure',
+           'draw_table', 'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'clip_strip',
+           'write_provenance', 'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
 
 # %% ../nbs/09_experiments.ipynb #9173cba8
 from contextlib import contextmanager
@@ -93,6 +93,20 @@ def summarise(rows, seed: int = 0):   # DataFrame profile, method, set, metric, 
         mean, n = (finite.mean(), len(finite)) if len(finite) else (float('inf') if infinite else float('nan'), infinite)
         out.append(key + (mean, low, high, n, group['clip'].nunique()))
     return pd.DataFrame(out, columns=['profile', 'method', 'set', 'metric', 'mean', 'low', 'high', 'n', 'given'])
+
+# %% ../nbs/09_experiments.ipynb #073668f9
+def degradation_order(summary,             # of `summarise`
+                      methods: list[str],  # from the best to the worst picture
+                      metrics: list[str]   # that have a better direction; those not in `summary` are left out
+                     ):                    # DataFrame set, metric, a mean for each method, in_order
+    "Means of each metric along growing degradation, and whether each step is a step down."
+    import pandas as pd
+    out = []
+    for (name, metric), group in summary[summary['metric'].isin(metrics)].groupby(['set', 'metric'], sort=False):
+        means = group.set_index('method')['mean'].reindex(methods); sign = 1 if metric_info(metric).higher_is_better else -1
+        falls = all(a > b for a, b in zip(sign*means.to_numpy(), sign*means.to_numpy()[1:]))
+        out.append(dict(set=name, metric=metric, **means.to_dict(), in_order=falls))
+    return pd.DataFrame(out)
 
 # %% ../nbs/09_experiments.ipynb #4cb05960
 def paired_difference(rows, method: str, other: str, metric: str, set_name: str, seed: int = 0) -> dict:

@@ -4,14 +4,20 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'ALIGNMENT', 'TRACKS', 'SOUND', 'Side', 'Pair', 'find_pairs', 'read_manifest', 'Framing', 'find_track',
-           'scaled', 'write_crops', 'mapped', 'find_sound', 'Job', 'Prepared', 'stamp', 'content', 'prepare_job',
-           'prepared_jobs']
+           'scaled', 'write_crops', 'mapped', 'find_sound', 'Job', 'Prepared', 'stamp', 'content', 'reason_of',
+           'prepare_job', 'prepared_jobs']
 
 # %% ../nbs/09_pairs.ipynb #e42f6eca
+import contextlib
 import csv
+import errno
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
 import signal
+import tempfile
+import threading
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -52,13 +58,20 @@ class Pair:
 
 def _side(record: Record) -> Side: return Side(record.video, record.audio, record.tracks)
 
+def _own(side: Side, reference: Side) -> Side:
+    "A generated video without companions that are those of its reference."
+    apart = lambda a, b: None if a is None or b is not None and a.resolve() == b.resolve() else a
+    return replace(side, audio=apart(side.audio, reference.audio), tracks=apart(side.tracks, reference.tracks))
+
 # %% ../nbs/09_pairs.ipynb #7cc2b796
 def _matched(generated: list[Record], reference: list[Record]) -> tuple[list, list, list]:
     "(pairs of records, left over of `generated`, left over of `reference`)"
     by_clip = {r.clip: r for r in generated}
     pairs = [(by_clip.pop(r.clip), r) for r in reference if r.clip in by_clip]
     taken = {r.clip for _, r in pairs}; rest = [r for r in reference if r.clip not in taken]
-    once = lambda records: {s: r for r in records if (s := r.video.stem) and Counter(q.video.stem for q in records)[s] == 1}
+    def once(records):
+        count = Counter(r.video.stem for r in records)
+        return {r.video.stem: r for r in records if count[r.video.stem] == 1}
     stems, others = once(list(by_clip.values())), once(rest)
     more = [(stems[s], r) for s, r in others.items() if s in stems]
     used = {g.clip for g, _ in more}, {r.clip for _, r in more}
@@ -71,13 +84,14 @@ def find_pairs(generated: dict[str, str | Path],   # method -> folder of its vid
               ) -> list[Pair]:                     # by method, then in the order of the references
     "Pairs of videos by name; those without a partner are in the list, with a reason."
     folders = {m: Path(f).resolve() for m, f in generated.items()}; root = Path(reference).resolve()
-    every = {m: list(FolderCorpus(f)) for m, f in folders.items()}
+    nested = {m: [f for f in (*folders.values(), root) if f != own and own in f.parents] for m, own in folders.items()}
+    every = {m: [r for r in FolderCorpus(f) if not _inside(r.video, nested[m])] for m, f in folders.items()}
     inner = [f for f in folders.values() if f != root and root in f.parents]     # results that lie within the references
     true, found = [r for r in FolderCorpus(root) if not _inside(r.video, inner)], []
     order = {r.clip: i for i, r in enumerate(true)}
     for method, records in every.items():
         pairs, alone, lacking = _matched(records, true)
-        some = [Pair(method, r.clip, _side(g), _side(r)) for g, r in pairs]
+        some = [Pair(method, r.clip, _own(_side(g), _side(r)), _side(r)) for g, r in pairs]
         gone = f"no generated video of this name in {folders[method]}"
         some += [Pair(method, r.clip, None, _side(r), reason=gone) for r in lacking]
         found += sorted(some, key=lambda p: order[p.clip])
@@ -102,8 +116,11 @@ def read_manifest(path: str | Path,
     "Pairs from a CSV file."
     path = Path(path)
     if not path.is_file(): raise InputError(f"no such file: {path}; expected a CSV file with columns generated and reference")
-    with open(path, newline='', encoding='utf-8') as file:
-        reader = csv.DictReader(file); rows, columns = list(reader), reader.fieldnames or []
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            reader = csv.DictReader(file, skipinitialspace=True); rows, columns = list(reader), reader.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no CSV file in UTF-8 ({error}); save it as one") from error
     for column in columns:
         if column not in MANIFEST: raise unknown_key(str(column), MANIFEST, str(path))
     if lacking := [c for c in MANIFEST[:2] if c not in columns]:
@@ -127,6 +144,7 @@ def _manifest_pair(row: dict, line: int, path: Path, method: str) -> Pair:
               f"line {line} of {path.name} names no {next(k for k, s in sides.items() if s is None)} video")
     if word('shown') and not word('shown').isdigit():
         raise InputError(f"{path}, line {line}: shown: expected the number of a frame, got {word('shown')!r}")
+    if all(sides.values()): sides['generated'] = _own(sides['generated'], sides['reference'])
     name = word('clip') or Path(word('reference') or word('generated')).stem or f'line {line}'
     return Pair(word('method') or method, name, **sides, set=word('set') or 'clips', reason=reason,
                 shown=int(word('shown')) if word('shown') else None)
@@ -280,9 +298,16 @@ def _prepare_one(method: str, generated: Side, job: Job, track: Track, folder: P
                  sound_cut=wav is not None and frames == (lasting if where == 'generated video' else len(track)))
     return Prepared(method, job.clip, '', folder, dict(facts, notes=_notes(facts)))
 
+def reason_of(error: Exception) -> str:
+    "Why a clip cannot be used, if that is what the error says; errors that concern every clip are raised again."
+    if isinstance(error, (StoreError, MemoryError)) or isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    return str(error) if isinstance(error, InputError) else f'{type(error).__name__}: {error}'
+
 def _said(error: Exception, *sides: Side) -> str:
-    "The message of an error without the folders of the videos."
-    message, folders = str(error), {str(p.parent) for s in sides for p in s.files}
+    "The message of an error without the folders of the videos, and without what only the library can do."
+    message = reason_of(error).replace(', or pass allow_partial=True', '').replace(' or pass allow_partial=True', '')
+    folders = {str(p.parent) for s in sides for p in s.files}
     for folder in sorted(folders, key=len, reverse=True): message = message.replace(f'{folder}/', '')
     return ' '.join(message.split())
 
@@ -296,21 +321,25 @@ def prepare_job(job: Job,
     try:
         track = find_track(job.reference, tracker)
         write_crops(job.reference.video, track.boxes, truth, framing.size, whole=True)
-    except InputError as error:
+    except Exception as error:
         return [Prepared(m, job.clip, f"reference: {_said(error, job.reference)}") for m, _ in job.generated]
     for i, (method, side) in enumerate(job.generated):
         sides = side, job.reference
         try:
             done = _prepare_one(method, side, job, track, folder/str(i), framing, tracker)
             done.stamp, done.content = stamp(*sides), content(*sides)
-        except InputError as error: done = Prepared(method, job.clip, f"generated: {_said(error, *sides)}")
+        except Exception as error: done = Prepared(method, job.clip, f"generated: {_said(error, *sides)}")
         results.append(done)
     return results
 
 # %% ../nbs/09_pairs.ipynb #e6fa469c
 def _start():
     "Workers use one thread each, and leave an interruption to the main process."
-    signal.signal(signal.SIGINT, signal.SIG_IGN); _start_worker()
+    signal.signal(signal.SIGINT, signal.SIG_IGN); threading.Thread(target=_follow_parent, daemon=True).start(); _start_worker()
+
+def _follow_parent():
+    "A worker ends with the process that started it, however that ended."
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel]); os._exit(1)
 
 def _in_turn(jobs, make) -> Iterator:
     for i, job in enumerate(jobs): yield job, make(i, job)
@@ -343,15 +372,25 @@ class _Make:
         return prepare_job(job, self.work/f'{i:06d}', self.framing, self.tracker)
 
 def prepared_jobs(jobs: list[Job],
-                  work: Path,             # folder for crops; emptied, and each clip removed when the next is asked for
+                  work: Path,             # folder for crops; each run has its own in it, and each clip goes when the next is asked for
                   framing: Framing = Framing(), tracker=None,
                   workers: int = 1        # processes; 1: this one
                  ) -> Iterator[tuple[Job, list[Prepared]]]:
     "Jobs in order with what was prepared."
-    shutil.rmtree(work, ignore_errors=True); make = _Make(Path(work), framing, tracker)
+    Path(work).mkdir(parents=True, exist_ok=True); _sweep(Path(work))
+    own = Path(tempfile.mkdtemp(prefix=f'{os.getpid()}-', dir=work)); make = _Make(own, framing, tracker)
     try:
         source = _ahead(jobs, make, workers) if workers > 1 and len(jobs) > 1 else _in_turn(jobs, make)
         for i, (job, results) in enumerate(source):
             yield job, results
-            shutil.rmtree(Path(work)/f'{i:06d}', ignore_errors=True)
-    finally: shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(own/f'{i:06d}', ignore_errors=True)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        with contextlib.suppress(OSError): Path(work).rmdir()               # another run may have its folder there
+
+def _sweep(work: Path) -> None:
+    "Remove what runs left behind that do not live any more."
+    for folder in work.iterdir():
+        try: os.kill(int(folder.name.partition('-')[0]), 0)
+        except (ValueError, ProcessLookupError): shutil.rmtree(folder, ignore_errors=True)
+        except PermissionError: pass

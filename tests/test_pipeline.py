@@ -56,7 +56,7 @@ def test_claims_are_judged_for_every_expert(checkout):
 def test_tables_and_figures_are_there_with_their_numbers(checkout):
     made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
     expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more') for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
-    tables = {f'experts.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {'claims.csv', 'claims.md', 'claims_aims.csv', 'av_expert/fig_01_stats.csv'}
+    tables = {f'experts.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {'claims.csv', 'claims.md', 'claims_aims.csv', 'av_expert/fig_01_stats.csv', 'baselines_order.csv'}
     assert expected | tables | {'provenance.json'} <= made
     table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
     assert set(table['method']) == {'ground_truth', 'reencoded', 'reencoded_35', 'reencoded_45', 'setup_a', 'random_frame', 'static_frame',

@@ -127,7 +127,7 @@ class SyncNetV2(WindowExpert):
         if faces.ndim != 5 or faces.shape[1] < self.window or faces.shape[2] != 3:
             raise InputError(f"expected faces (B, T, 3, H, W) with at least {self.window} frames, got {tuple(faces.shape)}")
         flat = faces.flatten(0, 1)
-        if faces.shape[-2:] != (self.size,)*2: flat = F.interpolate(flat, (self.size,)*2, mode='bilinear', antialias=True)
+        if faces.shape[-2:] != (self.size,)*2: flat = F.interpolate(flat, (self.size,)*2, mode='bilinear')     # as OpenCV does, large faces too
         return 255*flat.flip(1).unflatten(0, faces.shape[:2]).transpose(1, 2)
 
     def video_windows(self, faces: Tensor) -> Tensor:  # (B, T-4, 3, 5, 224, 224)

@@ -85,7 +85,8 @@ class AVScorer:
             mouths = expert.video_features(frames[None].to(device), points).to(dtype)
             lips = net.feature_extractor_video['proj'](net.feature_extractor_video['resnet'](mouths))
         if 'audio' in streams or 'joint' in streams:
-            rows = expert.audio_features(as_tensor(wav).float()[None].to(device)).to(dtype)
+            sound = as_tensor(wav); sound = sound/32768 if sound.dtype == torch.int16 else sound.float()
+            rows = expert.audio_features(sound[None].to(device)).to(dtype)
             sound = net.feature_extractor_audio['proj'](rows)
         return {s: self._encode(sound if s != 'video' else None, lips if s != 'audio' else None) for s in streams}
 

@@ -6,6 +6,7 @@
 __all__ = ['NEEDS', 'METRICS', 'MetricInfo', 'describe', 'metric_info', 'as_tensor', 'as_frames', 'frame_pair', 'ClipMean']
 
 # %% ../../nbs/08_metrics/00_base.ipynb #5304e370
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,7 @@ def metric_info(name: str   # registered name, or `name[detail]` such as "lse_c[
     import difflib
     base = name.split('[')[0]
     if base in METRICS: return METRICS[base]
-    near = difflib.get_close_matches(base, METRICS, n=2, cutoff=.5)
+    near = difflib.get_close_matches(base.lower(), METRICS, n=2, cutoff=.5)
     hint = f" did you mean {' or '.join(near)}?" if near else ''
     raise ParamsError(f"unknown metric {name!r}:{hint} Known: {', '.join(sorted(METRICS)) or 'none yet'}")
 
@@ -80,7 +81,7 @@ def as_frames(frames,             # (T,3,H,W) uint8, or float in [0,1], or float
              ) -> tuple[torch.Tensor, float]:   # the tensor, its span
     "Frames as a tensor with the span of their values; NaN, wrong shapes and wrong spans are refused."
     frames = as_tensor(frames) if isinstance(frames, np.ndarray) else frames
-    if not torch.is_tensor(frames) or frames.ndim != 4 or not frames.numel():
+    if not torch.is_tensor(frames) or frames.ndim != 4 or not frames.numel() or frames.shape[1] not in (1, 3):
         raise InputError(f"{name}: expected frames (T,3,H,W) with T >= 1, got {getattr(frames, 'shape', type(frames))}")
     if not frames.is_floating_point():
         if frames.dtype != torch.uint8: raise InputError(f"{name}: expected uint8 or floats, got {frames.dtype}")
@@ -115,10 +116,23 @@ class ClipMean(Metric):
         own = {k: options.pop(k) for k in list(options) if k in self.options}
         super().__init__(**options)
         self.score_options = own
+        # a MetricCollection merges metrics whose states have equal names and, once, equal values: the names tell them apart
+        self.tag = re.sub(r'\W+', '_', f'{type(self).__name__}_{sorted(own.items())}_{self.network_tag}')
         for name in ('total', 'used', 'left_out'):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
+            self.add_state(f'{self.tag}_{name}', torch.zeros((), dtype=torch.float64), dist_reduce_fx='sum')
 
     options: tuple[str, ...] = ()      # names of keyword arguments that go to `score`
+    network_tag: str = ''              # what tells two metrics of a class with different networks apart; set before `__init__`
+
+    def _count(self, name: str, value: float) -> None:
+        setattr(self, f'{self.tag}_{name}', getattr(self, f'{self.tag}_{name}') + value)
+
+    @property
+    def total(self) -> torch.Tensor: return getattr(self, f'{self.tag}_total')
+    @property
+    def used(self) -> torch.Tensor: return getattr(self, f'{self.tag}_used')
+    @property
+    def left_out(self) -> torch.Tensor: return getattr(self, f'{self.tag}_left_out')
 
     @staticmethod
     def score(*arrays, **options) -> float: raise NotImplementedError("a metric class sets `score` to its function")
@@ -128,8 +142,8 @@ class ClipMean(Metric):
 
     def update(self, *arrays) -> None:
         value = float(self.score(*arrays, **self.score_options))
-        if np.isfinite(value): self.total += value; self.used += 1
-        else: self.left_out += 1
+        if np.isfinite(value): self._count('total', value); self._count('used', 1)
+        else: self._count('left_out', 1)
 
     def compute(self) -> torch.Tensor:
         return self.total / self.used if self.used else torch.tensor(float('nan'), dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 
 from ..core import InputError
 from ..experts.landmarks import mouth_opening
-from .base import ClipMean, MetricInfo, as_tensor, describe
+from .base import ClipMean, MetricInfo, as_frames, as_tensor, describe
 
 # %% ../../nbs/08_metrics/02_lips.ipynb #c18412a3
 MOUTH = slice(48, 68)                                    # mouth points in the 68 of iBUG
@@ -113,11 +113,13 @@ class LipTracker:
         self.landmarker, self.name, self.sha256, self.batch = landmarker.eval(), name, sha256, batch
 
     @torch.no_grad()
-    def __call__(self, faces              # (T,3,H,W) uint8; may be memory-mapped
+    def __call__(self, faces              # (T,3,H,W) uint8, or float in [0,1]; may be memory-mapped
                 ) -> np.ndarray:          # (T,20,2) float32 px
         device = next((p.device for p in self.landmarker.parameters()), torch.device('cpu'))
-        parts = [self.landmarker(as_tensor(faces[i:i + self.batch]).to(device).float() / 255).cpu()
-                 for i in range(0, len(faces), self.batch)]
+        parts = []
+        for i in range(0, len(faces), self.batch):
+            part, span = as_frames(as_tensor(faces[i:i + self.batch]))
+            parts.append(self.landmarker(part.to(device).float() / span).cpu())
         return torch.cat(parts).numpy()
 
     @property

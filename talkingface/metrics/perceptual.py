@@ -212,6 +212,7 @@ class LPIPS(ClipMean):
     info = LPIPS_INFO
 
     def __init__(self, net: PerceptualNet, **options):
+        self.network_tag = f'{type(net).__name__}_{id(net)}'
         super().__init__(**options)
         self.net = frozen(net)
         if isinstance(net, CorpusLPIPS): self.info = LPIPS_CORPUS_INFO
@@ -289,8 +290,11 @@ def frechet_distance(a,               # Moments, (mean, covariance), or features
                     ) -> float:       # 0 or more
     "Squared Fréchet distance of two normal distributions, in float64."
     (m1, c1), (m2, c2) = _mean_cov(a), _mean_cov(b)
-    if c1.shape != c2.shape:
+    if m1.shape != m2.shape or c1.shape != c2.shape:
         raise InputError(f"features of {len(m1)} and of {len(m2)} dimensions cannot be compared; use one network")
+    for side, parts in (('first', (m1, c1)), ('second', (m2, c2))):
+        if not all(torch.isfinite(x).all() for x in parts):
+            raise InputError(f"frechet_distance: the {side} side holds NaN or infinite values; look for frames that give them")
     factor = _factor(c1); values = torch.linalg.eigvalsh(factor.T @ (c2 @ factor))
     distance = (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2*values.clamp(min=0).sqrt().sum()
     return max(0., float(distance))
@@ -532,6 +536,7 @@ class FID(Metric):
     def set_reference(self, moments: Moments) -> None:
         "Take the moments of true frames from elsewhere, e.g. `reference_moments`."
         if moments.dim != self.dim: raise InputError(f"expected moments of {self.dim} dimensions, got {moments.dim}")
+        self._computed = None
         self._store('truth', moments); self.truth_total.copy_(moments.total); self.truth_outer.copy_(moments.outer)
 
     def compute(self) -> Tensor:                              # float64; NaN with fewer than two frames on a side

@@ -106,7 +106,8 @@ class Measured:
     def aperture(self): return self.once('aperture', lambda: aperture(self.lips))         # (T,) px
 
     def distances(self, name: str):
-        "Distances (n,31) of a sync expert."
+        "Distances (n,31) of a sync expert; frames without a face count as they are."
+        if not np.asarray(self.clip.valid).any(): raise InputError("no frame shows a face")
         return self.once(('distances', name), lambda: self.scorers.syncs[name].distances(self.faces, self.wav))
 
     def lse(self, name: str): return self.once(('lse', name), lambda: lse(self.distances(name)))
@@ -135,6 +136,8 @@ class Case:
         self.clip, self.scorers, self.reference = clip, scorers, reference
         self.wav = np.asarray(clip.wav if wav is None else wav)
         made = np.asarray(generated)
+        for what, x in (('the method gave', made), ('the clip has', clip.faces)):
+            if np.asarray(x[:1]).dtype != np.uint8: raise InputError(f"{what} frames of {x.dtype}, expected uint8 (T,3,H,W)")
         if made.shape != tuple(clip.faces.shape):
             raise InputError(f"method gave {made.shape}, clip has {tuple(clip.faces.shape)}")
         self.made = Measured(made, clip, scorers, self.wav)
@@ -171,7 +174,7 @@ class Case:
 def _correlation(case, truth):
     value = aperture_correlation(case.lips, truth, case.valid)
     if np.isnan(value): raise InputError("the true mouth stands still or has no landmarks")
-    return value
+    return value, int((case.valid & np.isfinite(aperture(case.lips)) & np.isfinite(aperture(truth))).sum())
 
 def _avs_u(case, name):
     if is_silent(case.wav): raise InputError(f"the audio is silent (no 40 ms above RMS {QUIET})")
@@ -183,7 +186,8 @@ def _avs(stream, case, name):
     return case.seen(avs_frames(case.made.speech(name)[stream], true[stream]))
 
 def _silent(key, case):
-    return silent_values(case.made.aperture, case.truth.aperture, silent_segments(case.wav), case.valid)[key]
+    found = silent_values(case.made.aperture, case.truth.aperture, silent_segments(case.wav), case.valid)
+    return found[key], found['frames']
 
 def _lpips(case, name): return case.pairs(partial(lpips_frames, case.scorers.lpips[name]))
 
@@ -198,11 +202,11 @@ def _csim(case, name):
     return case.seen(csim_frames(lambda rows: rows, case.made.rows(net), case.truth.rows(net)))
 
 _tracker = lambda c: c.scorers.lips.protocol
-_expert = lambda c, name: c.scorers.syncs[name].protocol
+_expert = lambda c, name: f'{c.size}, {c.scorers.syncs[name].protocol}'
 _reader = lambda c, name: c.scorers.speech[name].protocol
 _of = lambda where: lambda c, name: f'{c.size}, ' + getattr(getattr(c.scorers, where)[name], 'protocol', name)
 
-CLIP_SCORES = {   # metric -> (values of a case, protocol of a case); both take the name of a network for a metric of NETWORKS
+CLIP_SCORES = {   # metric -> (values of a case, or a value and its number of frames; protocol of a case); both take the name of a network for a metric of NETWORKS
     'psnr': (lambda c: c.pairs(psnr_frames), lambda c: f'{c.size}, range 255'),
     'ssim': (lambda c: c.pairs(ssim_frames), lambda c: f'{c.size}, gaussian'),
     'mse': (lambda c: c.pairs(mse_frames), lambda c: f'{c.size}, range 1'),
@@ -252,6 +256,8 @@ def _leak_part(case, name=None):
     shown = np.asarray(case.reference)
     if shown.shape != case.valid.shape:
         raise InputError(f"reference: expected {len(case.valid)} frame numbers, got {shown.shape}")
+    if shown.max() >= len(case.valid):
+        raise InputError(f"shown: frame {shown.max()}, but only {len(case.valid)} frames are compared")
     true = case.truth.aperture
     return leak_sums(case.made.aperture, true, true[shown], case.valid & case.valid[shown])
 
@@ -362,13 +368,15 @@ def score_clip(case: Case, metrics,       # full names; those of SET_SCORES are 
         try:
             values_of, protocol_of = CLIP_SCORES[base]
             row['protocol'] = protocol_of(*given)
-            values = np.asarray(values_of(*given), dtype=np.float64)
+            found = values_of(*given)
+            values, frames = found if isinstance(found, tuple) else (found, len(case.generated))
+            values = np.asarray(values, dtype=np.float64)
         except InputError as error: rows.append(row | dict(reason=str(error))); continue
         used = values[np.isfinite(values)]
-        if used.size: row |= dict(value=float(used.mean()), n_frames=len(case.generated) if values.ndim == 0 else used.size)
+        if used.size: row |= dict(value=float(used.mean()), n_frames=frames if values.ndim == 0 else used.size)
         elif np.isposinf(values).any():
             row |= dict(value=float('inf'), n_frames=int(np.isposinf(values).sum()), reason='identical to the ground truth')
-        else: row |= dict(reason='no frame with landmarks')
+        else: row |= dict(reason='no frame with landmarks' if 'landmarks' in METRICS[base].needs else 'no frame has a finite value')
         if keep is not None and row['value'] is not None:
             curve = values if values.ndim else CURVES[base](*given) if base in CURVES else None
             if curve is not None: keep[metric] = np.asarray(curve, np.float64)

@@ -19,12 +19,12 @@ from torchmetrics import Metric   # after talkingface, which prepares torchvisio
 # %% ../../nbs/08_metrics/02_silence.ipynb #5a5bd8c0
 QUIET = .003     # RMS of the loudest frame below which audio counts as silent, about -50 dB
 
-def frame_rms(wav   # (640 T,) float
+def frame_rms(wav   # (640 T,) float in [-1,1], or int16
              ) -> np.ndarray:   # (T,) float64
     "RMS of the sound of each frame."
-    wav = np.asarray(wav); frames = len(wav) // SAMPLES_PER_FRAME
+    wav = np.asarray(wav); frames = len(wav) // SAMPLES_PER_FRAME; full = 32768. if wav.dtype == np.int16 else 1.
     return np.array([np.sqrt(np.mean(np.square(wav[i * SAMPLES_PER_FRAME:(i + 1) * SAMPLES_PER_FRAME], dtype=np.float64)))
-                     for i in range(frames)])
+                     for i in range(frames)])/full
 
 def is_silent(wav) -> bool:
     "Is there no 40 ms of audio above -50 dB full scale?"
@@ -134,7 +134,11 @@ class _InSilence(ClipMean):
     key = ''
     def score(self, generated, truth, wav, valid=None):
         "From landmarks `(T,20|68,2)` px of both clips and the sound."
-        try: return silent_values(aperture(generated), aperture(truth), silent_segments(wav), valid)[self.key]
+        opened, true = aperture(generated), aperture(truth)
+        if not len(opened) == len(true) == len(wav)//SAMPLES_PER_FRAME:
+            raise InputError(f"{len(opened)} generated and {len(true)} true frames of landmarks, sound of {len(wav)//SAMPLES_PER_FRAME} "
+                             "frames; cut all to the same frames")
+        try: return silent_values(opened, true, silent_segments(wav), valid)[self.key]
         except InputError: return float('nan')           # no silence: left out and counted
 
 class SilentAperture(_InSilence):

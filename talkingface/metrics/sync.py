@@ -31,6 +31,7 @@ def lse_distances(video,           # (n,D) embedding of the lips at each positio
                  ) -> torch.Tensor:  # (n, 2*max_offset+1), column j is the audio shifted by j-max_offset
     "L2 distance of each lip position to the audio at each shift (published LSE arithmetic)."
     video, audio = (torch.as_tensor(x) for x in (video, audio))
+    video, audio = (x if x.dtype == torch.float64 else x.float() for x in (video, audio))
     if video.ndim != 2 or video.shape != audio.shape or not len(video):
         raise InputError(f"lse_distances needs two (n,D) arrays of one shape with n >= 1, got {tuple(video.shape)} and "
                          f"{tuple(audio.shape)}")
@@ -51,6 +52,8 @@ def lse(distances   # (n, 2*max_offset+1) from `lse_distances`
        ) -> LSE:
     "LSE-D, LSE-C and offset from the distances of one clip."
     mean = torch.as_tensor(distances).mean(0)
+    if not torch.isfinite(mean).all():
+        raise InputError("lse: the embeddings hold NaN or infinite values; look at the weights and at the input")
     lowest = mean.min()
     first = int((mean == lowest).nonzero()[0])
     return LSE(float(lowest), float(mean.median() - lowest), (len(mean) - 1) // 2 - first)
@@ -114,6 +117,7 @@ class LSECVariance(Metric):
 
     def update(self, video, audio) -> None:
         value = lse(lse_distances(video, audio, self.max_offset)).confidence
+        if not np.isfinite(value): return
         self.used += 1; self.total += value; self.squares += value ** 2
 
     def compute(self) -> torch.Tensor:
@@ -121,6 +125,13 @@ class LSECVariance(Metric):
         return (self.squares / self.used - (self.total / self.used) ** 2).clamp(min=0)
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #f541896b
+def _channels_last(expert):
+    "The same network with kernels laid out as convolutions on a CPU are fastest; values change by rounding."
+    for m in expert.modules():
+        if isinstance(m, torch.nn.Conv3d): m.to(memory_format=torch.channels_last_3d)
+        elif isinstance(m, torch.nn.Conv2d): m.to(memory_format=torch.channels_last)
+    return expert
+
 class SyncScorer:
     "A sync expert with a name, scoring whole clips on its own device, long ones in pieces."
     piece, margin = 250, 5    # positions at a time, and frames around them; multiples of 5, where frames and mel columns meet
@@ -130,7 +141,9 @@ class SyncScorer:
                  name: str,          # e.g. "corpus"; tables print LSE-C[corpus]
                  sha256: str = '',   # of its weights file: proves that it did not train the generator
                  max_offset: int = 15):
-        self.expert, self.name, self.sha256, self.max_offset = expert.eval(), name, sha256, max_offset
+        if getattr(expert, 'aligned', False):
+            raise InputError(f"{name}: an expert that aligns mouths by landmarks cannot score LSE; score AVS with it (AVScorer)")
+        self.expert, self.name, self.sha256, self.max_offset = _channels_last(expert.eval()), name, sha256, max_offset
 
     @property
     def protocol(self) -> str:
@@ -140,20 +153,20 @@ class SyncScorer:
     def _part(self, faces, wav, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         "Embeddings of frames `first` to `last`."
         frames, span = as_frames(faces[first:last])
-        wav = as_tensor(wav[SAMPLES_PER_FRAME * first:SAMPLES_PER_FRAME * last]).float()
+        wav = as_tensor(wav[SAMPLES_PER_FRAME * first:SAMPLES_PER_FRAME * last])
+        if wav.is_floating_point(): wav = wav.float()                       # int16 is brought to [-1, 1] by embed_clip
         video, audio = embed_clip(self.expert, frames if span == 255 else frames.float(), wav, raw=self.expert.raw_lse)
         return video.float().cpu(), audio.float().cpu()
 
     @torch.no_grad()
     def embed(self, faces,              # (T,3,H,W) uint8, or float in [0,1]; may be memory-mapped
-              wav                       # (640 T,) float32
+              wav                       # (640 T,) float32 in [-1,1], or int16
              ) -> tuple[torch.Tensor, torch.Tensor]:   # (n,D) lips, (n,D) audio
         "Embeddings of lips and audio at every position of a clip; as they are, not of unit length, where LSE is defined so."
-        count, window = len(faces), self.expert.window
-        if count < window: raise InputError(f"clip has {count} frames, the expert needs {window}")
-        if len(wav) != SAMPLES_PER_FRAME * count:
-            raise InputError(f"audio has {len(wav)} samples, {count} frames need {SAMPLES_PER_FRAME * count}; fit "
-                             f"it with data.audio.fit_length")
+        count, window = min(len(faces), len(wav)//SAMPLES_PER_FRAME), self.expert.window     # the shorter counts, as published
+        if count < window:
+            raise InputError(f"clip has {len(faces)} frames and sound for {len(wav)//SAMPLES_PER_FRAME}, the expert needs {window}")
+        faces, wav = faces[:count], wav[:SAMPLES_PER_FRAME*count]
         parts = []
         for start in range(0, count - window + 1, self.piece):
             first, last = max(start - self.margin, 0), min(start + self.piece + window - 1 + self.margin, count)

@@ -291,6 +291,7 @@ class _WithNetwork(ClipMean):
     "A mean over clips that needs a network, given once."
     function: Callable = None
     def __init__(self, network: Callable, **options):    # network: (n,3,H,W) uint8 -> (n,D)
+        self.network_tag = f'{type(network).__name__}_{id(network)}'
         super().__init__(**options)
         self.network = network
     def score(self, generated, truth): return type(self).function(self.network, generated, truth)
