@@ -405,3 +405,36 @@ def test_weights_are_known_through_wrappers():
     from types import SimpleNamespace as Has
     net = Has(meta={'weights_sha256': '34' * 32}); scorer = Has(net=net)
     assert weights_of(Scorers(fid={'corpus': scorer}, identity={'corpus': Has(features=scorer)})) == {'fid': {'corpus': '34' * 32}, 'identity': {'corpus': '34' * 32}}
+
+
+def test_another_shown_frame_or_reach_of_offsets_is_scored_again(true, made, tmp_path):
+    def run(shown, reach=15):
+        lines = ['generated,reference,shown'] + [f'{made/n}.mp4,{true/n}.mp4,{shown}' for n in NAMES]
+        (tmp_path/'m.csv').write_text('\ufeff' + '\n'.join(lines))                             # as a spreadsheet writes it
+        scorers = Scorers(syncs={'toy': SyncScorer(Brightness(), 'toy', 'ab' * 32, max_offset=reach)}, lips=SCORERS.lips)
+        return evaluate(read_manifest(tmp_path/'m.csv'), tmp_path/'out', scorers, ['lip_leak', 'lse_d'])
+    assert [run(0).fresh, run(0).fresh, run(20).fresh, run(20, reach=3).fresh] == [4, 0, 4, 4]
+    row = run(9999).rows.query("metric == 'lip_leak'").iloc[0]
+    assert np.isnan(row['value']) and 'shown: frame 9999, but only 30 frames are compared' in row['reason']
+
+
+def test_names_of_any_length_have_files_of_their_own(tmp_path):
+    paths = {part_path(tmp_path, m, c) for m in ('..', '.', 'a/b', 'ours') for c in ('字'*60, '字'*59, 'x', '..')}
+    assert len(paths) == 16 and all(len(part) < 255 for p in paths for part in p.parts)
+    assert all((tmp_path/'parts').resolve() in p.resolve().parents for p in paths)
+
+
+def test_companions_of_the_reference_are_not_the_generated_videos_own(clips, tmp_path):
+    "Results in a folder beside `clips` and `landmarks`: the landmarks belong to the clips."
+    name, (frames, wav, landmarks) = NAMES[0], clips[NAMES[0]]
+    put(tmp_path/'clips', name, frames, wav); put(tmp_path/'gen', name, noisy(frames), wav)
+    (tmp_path/'landmarks').mkdir(); save_tracks(tmp_path/'landmarks'/f'{name}.npz', dict(landmarks=landmarks))
+    pair, = find_pairs({'gen': tmp_path/'gen'}, tmp_path/'clips')
+    assert pair.reference.tracks is not None and pair.generated.tracks is None
+
+
+def test_strange_landmarks_skip_one_clip(true, copy, tmp_path):
+    reference = tmp_path/'true'; shutil.copytree(true, reference)
+    np.savez(reference/f'{NAMES[0]}.npz', landmarks=np.full((FRAMES, 68, 2), 'x'))
+    done = evaluate(find_pairs({'ours': copy}, reference), tmp_path/'out', SCORERS, ['psnr'])
+    assert done.status == 1 and done.scored == 3 and [s['clip'] for s in done.skipped] == [NAMES[0]]
