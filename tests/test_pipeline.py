@@ -89,7 +89,7 @@ def test_provenance_says_what_made_it(checkout):
 
 def test_executed_notebooks_are_kept_without_stamps(checkout):
     kept = sorted((checkout/'runs'/'smoke'/'notebooks').glob('*.ipynb'))
-    assert len(kept) == 27
+    assert len(kept) == 30
     for path in kept: assert 'papermill' not in nbformat.read(path, 4).metadata
 
 
@@ -131,7 +131,7 @@ def test_a_second_row_is_a_block(checkout):
     "A row that is added to params.yaml gets its stages, and the table waits for its scores."
     path = checkout/'params.yaml'; text = path.read_text()
     try:
-        path.write_text(text.replace('\nprofiles:', '\n  no_sync: {about: no sync loss, expert: null, reference: fixed, losses: {pixel: 10.0}}\n\nprofiles:', 1))
+        path.write_text(text.replace('\nrows:\n', '\nrows:\n  no_sync: {about: no sync loss, expert: null, reference: fixed, losses: {pixel: 10.0}}\n', 1))
         shown = run(checkout, 'dvc', 'dag', '--dot').stdout
         assert '"evaluate@smoke-no_sync" -> "table_baselines@smoke"' in shown.replace("'", '"')
     finally: path.write_text(text)
