@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_metrics import Brightness, Corner
 
 from talkingface.core import InputError, ParamsError
 from talkingface.experiments import metric_columns, metric_table, summarise, told_beside
 from talkingface.experts.avhubert import TINY, AVHubertExpert
-from talkingface.experts.base import SyncExpert
 from talkingface.experts.checkpoints import build_expert
 from talkingface.experts.features import FeatureNet
 from talkingface.metrics.avs import AVSM, AVSU, AVSV, AVScorer
@@ -212,20 +212,6 @@ def test_identical_clips_are_counted_and_left_out():
 
 
 # --- the report core ------------------------------------------------------------------------------------------------------------
-
-class Brightness(SyncExpert):
-    "Five frames of brightness against five of loudness."
-    window = 5
-    _unit = staticmethod(lambda x: torch.nn.functional.normalize(x.unfold(1, 5, 1) - .5, dim=-1))
-    def embed_video(self, faces): return self._unit(faces.mean((2, 3, 4)))
-    def audio_features(self, wav): return wav
-    def embed_audio(self, features): return self._unit(features.view(len(features), -1, 640).abs().mean(-1))
-
-
-class Corner(torch.nn.Module):
-    "Points that follow the brightness."
-    def forward(self, faces): return faces.mean((1, 2, 3))[:, None, None] * torch.linspace(10, 90, 40).view(1, 20, 2)
-
 
 def clip_of(name='c0', frames=40, seed=0):
     gen = np.random.default_rng(seed); level = gen.random(frames).astype(np.float32)
