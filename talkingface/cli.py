@@ -100,11 +100,11 @@ def _train(args) -> int:
     return 0
 
 def _generate(args) -> int:
-    from talkingface.dubbing import dub
-    from talkingface.generators.base import build_generator
-    from talkingface.weights import load_model
-    print(dub(args.video, args.audio, load_model(args.generator, build_generator, args.device),
-              _tracker(args.tracker, args.device), args.out, args.reference, args.seed))
+    from talkingface.dubbing import dub, load_voice
+    runs = Path(args.generator).resolve().parent.parent         # runs/PROFILE of runs/PROFILE/generators/NAME
+    voice = load_voice(args.generator, args.device, args.silencers or runs/'silencers', runs/'experts')
+    print(dub(args.video, args.audio, voice.generator, _tracker(args.tracker, args.device), args.out,
+              args.reference or voice.reference, args.seed, silencer=voice.silencer))
     return 0
 
 # %% ../nbs/13_cli.ipynb #e7f4172b
@@ -314,7 +314,9 @@ def _model_commands(add) -> None:
     p.add_argument('--restart', action='store_true', help='remove a run of other settings in the folder')
     p = add('generate', _generate, 'dub a video: a face and a speech become a video of the same length')
     for name in ('video', 'audio', 'generator', 'out'): p.add_argument(f'--{name}', required=True)
-    p.add_argument('--reference', default='random', help='frame that shows who the person is: random, fixed, first or closed')
+    p.add_argument('--reference', help='frame that shows who the person is: random, fixed, first or closed (default: as trained)')
+    p.add_argument('--silencers', metavar='DIR', help='folder with the generators that close the mouth of that frame, by name, where the '
+                                                      'generator was trained so (default: silencers beside generators)')
     _common(p, 'device', 'seed', 'tracker')
     _evaluate_options(add('evaluate', _evaluate,
                           'score generated videos against their references with every metric: rows, intervals and a report; '

@@ -18,7 +18,7 @@ import numpy as np
 
 from .core import InputError, atomic_path, provenance, read_json, repository_root, rng, write_json
 from .data.clips import aperture as data_aperture
-from .dubbing import reference_track
+from .generators.references import reference_track
 from .metrics.base import METRICS, metric_info
 from .metrics.report import ROW_FIELDS
 
@@ -146,7 +146,7 @@ def published(path: str | Path | None = None,   # None: nbs/papers/published.csv
 # %% ../nbs/09_experiments.ipynb #5364c141
 METHOD_LABELS = {'ground_truth': 'Ground truth', 'reencoded': 'Ground truth, re-encoded', 'reencoded_35': '… at crf 35',
                  'reencoded_45': '… at crf 45', 'random_frame': 'Random other frame', 'static_frame': 'Static first frame',
-                 'shuffled_audio': 'Shuffled audio', 'setup_a': 'Setup A'}
+                 'shuffled_audio': 'Shuffled audio', 'setup_a': 'Setup A', 'wav2lip': 'Wav2Lip, trained here'}
 REFERENCES = ('ground_truth', 'reencoded', 'reencoded_35', 'reencoded_45', 'random_frame', 'static_frame',
               'shuffled_audio')   # floors and ceilings
 

@@ -15,12 +15,10 @@ from .data.clips import ClipStore, prepare
 from .data.corpora import FolderCorpus, Record, Selection
 from .data.faces import StoredTracks
 from .data.video import probe
-from .dubbing import METHODS, dub
+from .dubbing import METHODS, dub, load_voice
 from .experiments import qualitative_strip, save_figure, strip_frames, summarise, write_rows
-from .generators.base import build_generator
 from .metrics.report import corpus_scorers, evaluate_method
 from .metrics.sync import check_independent
-from .weights import load_model
 
 # %% ../nbs/11_footage.ipynb #4a709ec1
 def footage_corpus(folder: str | Path   # of clips with stored landmarks
@@ -55,7 +53,7 @@ def score_dubbed(video: Path, tracks: Path, name: str, scorers, out: Path, profi
 def run_footage(folder: str | Path,       # of real clips
                 models: str | Path,       # e.g. runs/demo: experts/judge, landmarker, generators/NAME
                 out: str | Path,          # videos, rows and strip are written here
-                generator: str = 'setup_a',
+                generator: str = 'final',
                 face: int = 0,            # number of the clip whose face is used
                 speech: int = 1,          # number of the clip whose speech is used
                 profile: str = 'demo', device: str = 'cpu', seed: int = 0
@@ -67,9 +65,10 @@ def run_footage(folder: str | Path,       # of real clips
     scorers = corpus_scorers(models/'experts'/'judge', models/'landmarker', device)
     rows = evaluate_method('ground_truth', METHODS['ground_truth'], clips, scorers, profile, seed, ['lse_c', 'lse_d', 'offset'])
     a, b = clips[face], clips[speech]; source, made = records[a.name], out/'dubbed'/f'{a.name}.mp4'
-    model = load_model(models/'generators'/generator, build_generator, device)
-    for scorer in scorers.syncs.values(): check_independent(scorer, model.meta)
-    report = dub(source.video, records[b.name].audio or records[b.name].video, model, StoredTracks(source.tracks.parent), made, seed=seed)
+    voice = load_voice(models/'generators'/generator, device, models/'silencers', models/'experts')
+    for scorer in scorers.syncs.values(): check_independent(scorer, voice.generator.meta)
+    report = dub(source.video, records[b.name].audio or records[b.name].video, voice.generator, StoredTracks(source.tracks.parent), made,
+                 voice.reference, seed, silencer=voice.silencer)
     kept = check_kept(source.video, made)
     dubbed, more = score_dubbed(made, source.tracks, generator, scorers, out/'dubbed'/'store', profile, seed)
     write_rows(out/'rows.csv', rows + more)

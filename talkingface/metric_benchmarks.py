@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'in_turn', 'times_slower', 'Footage', 'corpus_footage', 'real_footage', 'repeated', 'naive_lse', 'crops_of',
            'seeded', 'cropped', 'bench_lse', 'StandInTracker', 'stand_in_networks', 'trackers', 'bench_tracks',
            'profile_scorers', 'published_sizes', 'score_pair', 'bench_set', 'sqrtm_distance', 'bench_frechet',
-           'anonymous_memory', 'peak_memory', 'evaluate_long', 'bench_memory', 'run_metric_benchmarks']
+           'peak_memory', 'evaluate_long', 'bench_memory', 'run_metric_benchmarks']
 
 # %% ../nbs/12_metric_benchmarks.ipynb #8fbbe648
 import multiprocessing
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from .benchmarks import expert_config, machine
+from .benchmarks import anonymous_memory, expert_config, machine
 from .core import FPS, SAMPLES_PER_FRAME, InputError, MissingExtra, MissingWeights, atomic_path, require
 from .data.audio import fit_length, load_audio, mfcc, save_audio, to_int16
 from .data.corpora import RenderedCorpus, load_tracks, save_tracks
@@ -333,15 +333,6 @@ def bench_frechet(dim: int = 2048, count: int = 5000, seconds: float = 5., least
                 apart=abs(values['ours'] - values['sqrtm'])/values['sqrtm'])
 
 # %% ../nbs/12_metric_benchmarks.ipynb #af9ca9db
-def anonymous_memory(pid: int) -> int:     # kB; 0 if the process is gone
-    "Anonymous memory of a process and of its descendants."
-    try:
-        lines = Path(f'/proc/{pid}/status').read_text().splitlines()
-        children = {c for p in Path(f'/proc/{pid}/task').glob('*/children') for c in p.read_text().split()}
-    except OSError: return 0
-    own = next((int(x.split()[1]) for x in lines if x.startswith('RssAnon:')), 0)
-    return own + sum(anonymous_memory(int(c)) for c in children)
-
 def peak_memory(function: Callable, *args) -> float:    # MiB
     "Highest anonymous memory of `function(*args)` in a process of its own; it must be importable."
     if not Path('/proc/self/status').is_file(): raise InputError("memory is measured by /proc, which only Linux has")

@@ -41,9 +41,8 @@ class PrepareParams:
 
 @dataclass
 class GenerateParams:
-    "Which clips are re-voiced, and from which reference."
+    "Which clips are re-voiced, where a row says nothing else."
     sets: list[str]
-    reference: str | None = None   # policy of data.clips; None: the one that the row was trained with
 
 @dataclass
 class EvaluateParams:
@@ -72,11 +71,13 @@ class Profile:
     readers: dict[str, dict]
     landmarker: dict
     features: dict
+    perceptual: dict
     generator: dict
     generate: GenerateParams
     evaluate: EvaluateParams
     robustness: dict
     behaviour: dict
+    probes: dict                   # how many clips of the set test further measurements look at
     figures: FigureParams
 
 @dataclass
@@ -87,7 +88,12 @@ class Params:
     readers: dict[str, dict]
     compared: list[str]            # experts of the robustness figures
     reported: list[str]            # experts of their table
+    warm_ups: dict[str, dict]      # starts that rows share
+    silencers: dict[str, dict]     # generators that close mouths
     rows: dict[str, dict]
+    others: dict[str, dict]        # methods of the tables that are no rows
+    leak: list[str]                # rows whose leak is measured by intervention
+    exploitation: list[str]        # rows that are scored by the experts that trained, too
     metrics: list[str]             # that the profiles share
     profiles: dict[str, dict]
 

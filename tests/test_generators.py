@@ -2,15 +2,21 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from talkingface.core import InputError, ParamsError
-from talkingface.generators.base import GENERATORS, GeneratorBatch, build_generator, check_generator, generator_class, make_batch, random_batch
-from talkingface.generators.light import LightGenerator, close_seam, fold
+from talkingface.experts.checkpoints import build_expert
+from talkingface.generators.base import (GENERATORS, ExpertAudio, GeneratorBatch, build_generator, check_generator, draw_clip,
+                                         generator_class, make_batch, random_batch)
+from talkingface.generators.light import LightGenerator, close_seam, fold, spread
 from talkingface.generators.lipsync import FaceEncoder, LipSync
+from talkingface.weights import load_model, save_model
 
 torch.set_num_threads(1)
-SMALL = {'lipsync': {'width': .125}, 'light': {'width': 8}}
+SMALL = {'lipsync': {'width': .125}, 'light': {'width': 8}, 'wav2lip': {'width': .125}}
+TOWERS = {'syncnet': {'name': 'syncnet', 'width': .125}, 'light_syncnet': {'name': 'light_syncnet', 'width': 8, 'dim': 16},
+          'avsyncnet': {'name': 'avsyncnet', 'width': .125, 'dim': 32, 'size': 32},
+          'avsyncnet V2': {'name': 'avsyncnet', 'width': .125, 'dim': 32, 'size': 32, 'audio': 'V2'}}
+LISTENERS = ['lipsync', 'light']      # generators that take `audio`
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -57,19 +63,90 @@ def test_bf16_autocast_stays_near_fp32(name):
     assert (full - half.float()).abs().mean() < .02
 
 
-@pytest.mark.parametrize('name', SMALL)
-def test_a_frozen_audio_encoder_neither_learns_nor_drifts(name):
-    audio = nn.Sequential(nn.Flatten(), nn.Linear(1280, 16), nn.BatchNorm1d(16))
-    generator = build_generator({'name': name, 'audio_size': 16, 'freeze_audio': True, **SMALL[name]}, audio_encoder=audio)
-    before = {k: v.clone() for k, v in audio.state_dict().items()}
+# ---- what a generator hears with ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name', LISTENERS)
+@pytest.mark.parametrize('tower', TOWERS)
+def test_every_generator_takes_the_tower_of_every_expert_on_mel(name, tower):
+    expert = build_expert(TOWERS[tower])
+    check_generator(build_generator({'name': name, **SMALL[name], 'audio': TOWERS[tower]}).load_audio(expert))
+
+
+@pytest.mark.parametrize('name', LISTENERS)
+@pytest.mark.parametrize('audio', [{'name': 'wav2vec2'}, {'name': 'wav2vec2', 'frames': 4, 'dim': 6}])
+def test_every_generator_takes_speech_features(name, audio):
+    generator = build_generator({'name': name, **SMALL[name], 'audio': audio})
+    assert generator.needs == ('masked', 'reference', 'speech'); check_generator(generator)
+    silent = GeneratorBatch(**{k: v for k, v in random_batch().present().items() if k != 'speech'})
+    with pytest.raises(InputError, match='needs speech'): generator(silent)
+    assert type(generator).needs == ('masked', 'reference', 'mel'), 'one generator changed the needs of its class'
+
+
+@pytest.mark.parametrize('tower', TOWERS)
+def test_a_tower_is_the_expert_before_unit_length_without_its_face(tower):
+    expert = build_expert(TOWERS[tower]).eval(); audio = ExpertAudio(TOWERS[tower]); audio.load(expert)
+    mel = torch.randn(3, 1, 80, 16)
+    with torch.no_grad(): assert torch.equal(audio(mel), expert.encode_mel(mel)) and audio.size == audio(mel).shape[1]
+    assert not any('face' in k for k in audio.state_dict()) and not hasattr(audio.tower, 'mel')
+    assert not any(p.requires_grad for p in audio.parameters())
+
+
+@pytest.mark.parametrize('name', LISTENERS)
+@pytest.mark.parametrize('tower', ['syncnet', 'avsyncnet'])
+def test_a_frozen_tower_neither_learns_nor_drifts(name, tower):
+    expert = build_expert(TOWERS[tower])
+    generator = build_generator({'name': name, **SMALL[name], 'audio': expert.config}).load_audio(expert)
+    before = {k: v.clone() for k, v in generator.state_dict().items()}
     optimiser = torch.optim.SGD([p for p in generator.parameters() if p.requires_grad], .1)
     for _ in range(2):
         optimiser.zero_grad(); generator.train()(random_batch(frames=2)).mean().backward(); optimiser.step()
-    assert all(torch.equal(v, before[k]) for k, v in audio.state_dict().items())
-    with pytest.raises(ParamsError, match='go together'): build_generator({'name': name, 'audio_size': 16})
+    moved = {k for k, v in generator.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and not any(k.startswith('audio_encoder') for k in moved) and any(k.startswith('audio_projection') for k in moved)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name', LISTENERS)
+def test_a_saved_generator_needs_no_expert(tmp_path, name):
+    "Its folder holds the tower and a plain config; the expert's folder may be gone."
+    expert = build_expert(TOWERS['syncnet'])
+    generator = build_generator({'name': name, **SMALL[name], 'audio': TOWERS['syncnet']}).load_audio(expert).eval()
+    loaded = load_model(save_model(tmp_path, generator, {}), build_generator); batch = random_batch(96, 1, 2)
+    with torch.no_grad(): assert torch.equal(loaded(batch), generator(batch))
+    assert loaded.config == generator.config and not any(p.requires_grad for p in loaded.audio_encoder.parameters())
+
+
+def test_a_tower_with_fresh_weights_is_not_used_in_silence():
+    generator = build_generator({'name': 'light', 'width': 8, 'audio': TOWERS['syncnet']})
+    with pytest.warns(UserWarning, match='fresh weights .*load_audio'): generator.eval()(random_batch(96, 1, 1))
+
+
+def test_the_tower_of_another_expert_is_refused():
+    generator = build_generator({'name': 'light', 'width': 8, 'audio': TOWERS['syncnet']})
+    for other in (TOWERS['avsyncnet'], {'name': 'syncnet', 'width': .25}, {'name': 'syncnet', 'width': .125, 'relu': False}):
+        with pytest.raises(InputError, match='audio=expert.config'): generator.load_audio(build_expert(other))
+    with pytest.raises(InputError, match='no place for the audio tower'): LightGenerator(width=8).load_audio(build_expert(TOWERS['syncnet']))
+
+
+@pytest.mark.parametrize('audio, message', [
+    ({'name': 'syncnett'}, "did you mean 'syncnet'"), ({'name': 'syncnet', 'widht': 1.}, "did you mean 'width'"), ({'width': .25}, 'expert'),
+    ({'name': 'wav2vec2', 'frame': 9}, "did you mean 'frames'"), ({'name': 'syncnet_v2', 'width': .125}, 'does not hear mel windows'),
+    ({'name': 'avhubert', 'net': {'dim': 16, 'layers': 1, 'heads': 1, 'ffn': 16, 'front_width': .0625}}, 'does not hear mel windows')])
+def test_an_audio_that_cannot_be_built_is_refused(audio, message):
+    with pytest.raises(ParamsError, match=message): build_generator({'name': 'light', 'width': 8, 'audio': audio})
+
+
+def test_a_clip_is_drawn_from_speech_features():
+    generator = LightGenerator(width=8, audio={'name': 'wav2vec2', 'frames': 4, 'dim': 6})
+    faces = np.zeros((5, 3, 96, 96), np.uint8); speech = np.random.default_rng(0).normal(size=(5, 4, 6)).astype(np.float32)
+    drawn, at_once = draw_clip(generator, faces, faces, None, 2, speech), draw_clip(generator, faces, faces, np.zeros((5, 80, 16)), speech=speech)
+    assert drawn.shape == (5, 3, 96, 96) and torch.allclose(drawn, at_once, atol=1e-5)
 
 
 # ---- the base model's layout --------------------------------------------------------------------------------------------
+def test_the_size_of_a_face_is_checked_before_anything_is_built():
+    for name in SMALL:
+        with pytest.raises(ParamsError, match='multiple of 32'): build_generator({'name': name, **SMALL[name], 'size': 90})
+
+
 def test_base_model_has_the_published_scales_and_two_separate_face_encoders():
     network = LipSync(width=.125)
     shared = {id(p) for p in network.identity_encoder.parameters()} & {id(p) for p in network.pose_encoder.parameters()}
@@ -100,6 +177,14 @@ def test_light_cannot_move_pixels_further_than_its_reach():
     assert flow.abs().max() <= .1*96 + 1e-4
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_spreading_is_a_pixel_shuffle_forwards_and_backwards(dtype):
+    maps = torch.randn(2, 12, 3, 5, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_(); slope = torch.randn(2, 3, 6, 10)
+    wanted = torch.nn.functional.pixel_shuffle(maps.float(), 2)
+    assert torch.equal(spread(maps), wanted)
+    assert torch.equal(*(torch.autograd.grad(x, maps, slope)[0] for x in (spread(maps), wanted)))
+
+
 def test_folding_puts_the_seam_at_row_0():
     masked, reference = torch.rand(2, 3, 96, 96), torch.rand(2, 3, 96, 96)
     folded = fold(masked, reference)
@@ -121,6 +206,13 @@ def test_arrays_and_tensors_and_bytes_and_floats_give_one_batch():
     assert a.to('cpu').target.dtype == torch.float32 and len(a[:0]) == 0
 
 
+def test_the_reference_before_its_mouth_was_closed_is_kept_beside_it():
+    faces = np.full((1, 2, 3, 96, 96), 255, np.uint8)
+    batch = make_batch(dict(faces=faces, reference=faces//2, raw_reference=faces, speech=np.zeros((1, 2, 10, 768))))
+    assert batch.raw_reference.max() == 1 > batch.reference.max() and batch.speech.dtype == torch.float32
+    assert make_batch(dict(faces=faces)).raw_reference is None and set(random_batch().present()) >= {'raw_reference', 'speech'}
+
+
 @pytest.mark.filterwarnings('error')
 def test_read_only_arrays_are_copied():
     faces = np.zeros((1, 1, 3, 96, 96), np.uint8)
@@ -132,6 +224,9 @@ def test_read_only_arrays_are_copied():
     (dict(mel=np.zeros((1, 5, 16, 80), np.float32)), 'mel: expected shape'),
     (dict(mel=np.zeros((1, 4, 80, 16), np.float32)), 'where T is 5'),
     (dict(reference=np.zeros((1, 5, 3, 64, 64), np.uint8)), 'where H is 96'),
+    (dict(raw_reference=np.zeros((1, 5, 3, 64, 64), np.uint8)), 'raw_reference: .* where H is 96'),
+    (dict(speech=np.zeros((1, 5, 768), np.float32)), r'speech: expected shape \(B, T, S, C\)'),
+    (dict(speech=np.zeros((1, 4, 10, 768), np.float32)), 'speech: .* where T is 5'),
     (dict(faces=np.zeros((1, 5, 96, 96, 3), np.uint8)), 'target: expected shape'),
     (dict(faces=np.zeros((1, 5, 3, 95, 95), np.uint8), reference=None), 'even size'),
     (dict(faces=np.zeros((1, 5, 3, 96, 96), np.int64)), 'uint8 or float')])

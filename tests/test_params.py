@@ -16,8 +16,8 @@ from talkingface.robustness import RobustnessParams
 from talkingface.training.avhubert import AVHubertParams
 from talkingface.training.experts import ExpertParams, LandmarkParams
 from talkingface.training.features import FeatureParams
-from talkingface.training.generators import GeneratorParams, Row
-from talkingface.losses.sync import LOSSES
+from talkingface.training.generators import PLACES, row_settings
+from talkingface.losses.objective import LOSSES
 
 
 @pytest.fixture(scope='module')
@@ -33,22 +33,49 @@ def test_every_block_fills_its_dataclass(params, profile):
     assert {*params['compared'], *params['reported']} <= {*params['experts'], *params['readers']}
     typed(FeatureParams, {**place, **block['features']}); typed(BehaviourParams, block['behaviour'])
     typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
-    typed(GeneratorParams, {**place, **{k: v for k, v in block['generator'].items() if k not in ('net', 'options')}})
-    generator_class(block['generator']['net']['name'])
+    typed(FeatureParams, {**place, **block['perceptual']})
     for name in block['evaluate']['metrics']: assert metric_info(name).name in CLIP_SCORES.keys() | SET_SCORES.keys()
-    for name, row in params['rows'].items():
-        filled = {'generator': block['generator']['net'], 'options': block['generator'].get('options', {}), **{k: v for k, v in row.items() if k != 'about'}}
-        assert set(typed(Row, filled).losses) <= set(LOSSES) and (row['expert'] is None or row['expert'] in params['experts'])
+    for part in ('warm_ups', 'silencers', 'rows'):
+        for row in params[part].values():
+            what, settings = row_settings(row, block['generator'], {}, **place)
+            generator_class(what.generator['name'])
+            assert settings.steps > 0 and set(what.losses) <= set(LOSSES) and (what.expert is None or what.expert in params['experts'])
 
 
-def test_the_generator_stage_waits_for_every_expert_of_its_rows(root, params):
+def test_losses_of_paper_a_have_its_weights(params):
+    "L = L_GAN + 10 L_pixel + L_per + 2 L_ss + 0.5 L_at."
+    total = dict(adversarial=1., pixel=10., perceptual=1., stabilized_sync=2., adaptive_triplet=.5)
+    assert params['rows']['setup_g']['losses'] == params['rows']['final']['losses'] == total
+    assert params['silencers']['silent']['losses'].keys() & {n for n in LOSSES if 'sync' in n} == set()
+
+
+def test_what_rows_name_is_there(params):
+    for row in params['rows'].values():
+        assert row['start'] in params['warm_ups'] and row.get('silence') in {None, *params['silencers']} and row.keys() <= set(PLACES)
+    for name in (*params['leak'], *params['exploitation']): assert name in params['rows']
+    for how in params['others'].values(): assert how.get('of', 'final') in params['rows'] and how.get('silencer', 'silent') in params['silencers']
+
+
+def test_neighbouring_rows_differ_in_one_thing(params):
+    "What a table compares must differ by what its line says and by nothing else."
+    rows = {n: {k: v for k, v in r.items() if k not in ('about', 'sets')} for n, r in params['rows'].items()}
+    differ = lambda a, b: {k for k in rows[a].keys() | rows[b].keys() if rows[a].get(k) != rows[b].get(k)}
+    for a, b, what in (('setup_a', 'setup_b', {'start'}), ('setup_b', 'setup_d', {'silence'}), ('setup_d', 'setup_e', {'losses'}), ('setup_e', 'setup_g', {'losses'}),
+                       ('setup_f', 'setup_g', {'losses'}), ('setup_e', 'ref_random', {'silence'}), ('setup_e', 'ref_wav2lip', {'silence'}), ('ref_random', 'ref_fixed', {'reference'}),
+                       ('setup_d', 'av_plain', {'expert'}), ('setup_e', 'av_stabilized', {'expert'}), ('setup_d', 'sync_gap', {'losses'})):
+        assert differ(a, b) == what, (a, b)
+
+
+def test_the_generator_stage_waits_for_what_its_rows_name(root, params):
     deps = yaml.safe_load((root/'dvc.yaml').read_text())['stages']['train_generator']['deps']
-    assert {row['expert'] for row in params['rows'].values()} - {None} <= {d.rsplit('/', 1)[1] for d in deps if '/experts/' in d}
+    names = {row.get('expert') for part in ('rows', 'silencers') for row in params[part].values()} | {w['audio'] for w in params['warm_ups'].values()}
+    assert names - {None, 'joint', 'wav2vec2'} <= {d.rsplit('/', 1)[1] for d in deps if '/experts/' in d and 'runs/' in d}
+    assert {'warm_ups', 'silencers', 'perceptual'} <= {d.rsplit('/', 1)[1] for d in deps}
 
 
 @pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
 def test_the_judge_trains_nothing(params, profile):
-    assert all(row['expert'] != 'judge' for row in params['rows'].values())
+    assert all(row.get('expert') != 'judge' for part in ('rows', 'silencers', 'warm_ups') for row in params[part].values())
     build_expert(params['profiles'][profile]['experts']['judge']['net'])
 
 
@@ -93,5 +120,5 @@ def test_profiles_are_selected_by_one_line(root, tmp_path):
 def test_stage_parameters_take_blocks(root):
     got = stage_parameters(root, ['row=@rows.setup_a', 'seed=@profiles.demo.seed', 'out=runs/x'])
     assert got['row']['expert'] == 'syncnet' and got['seed'] == 0 and got['out'] == 'runs/x'
-    with pytest.raises(ParamsError, match="did you mean 'setup_a'"): stage_parameters(root, ['row=@rows.setup_b'])
+    with pytest.raises(ParamsError, match="did you mean 'setup_a'"): stage_parameters(root, ['row=@rows.setup_aa'])
     assert params_block({'a': {'b': None}}, 'a.b') is None

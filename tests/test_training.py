@@ -306,7 +306,7 @@ def test_generator_resumes_bit_for_bit(tmp_path, toys, monkeypatch, ema):
     row = Row({'name': 'light', 'width': 8}, {'pixel': 1., 'sync': .1, 'adversarial': .05},
               options={'adversarial': {'width': .125}})
     torch.manual_seed(0); expert = build_expert({'name': 'light_syncnet', 'width': 8, 'dim': 16})
-    params = lambda every: GeneratorParams(steps=10, batch=2, early_frames=1, late_start=5, warmup=2, ema=ema, validate_clips=1,
+    params = lambda every: GeneratorParams(steps=10, batch=2, warmup=2, ema=ema, validate_clips=1,
                                            log_every=1, checkpoint_every=every)
     metrics = train_generator(toys, row, params(200), tmp_path/'whole', expert)
     deaths = interrupted(monkeypatch, GeneratorTraining, 'step', 0, 4, 8)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import InputError
+from ..core import InputError, ParamsError
 from ..layers import PlainConvBlock, lower_half_bgr, scaled
 from .reconstruction import LossTerm
 
@@ -57,18 +57,26 @@ class AdversarialLoss(LossTerm):
     "Non-saturating binary cross-entropy against Wav2Lip's quality discriminator."
     name, needs = 'adversarial', ()
 
-    def __init__(self, width: float = 1.):  # width of the discriminator; 1 is published
-        self.discriminator = QualityDiscriminator(width)
+    def __init__(self, width: float = 1.,          # width of the discriminator; 1 is published
+                 frames: int | None = None):       # how many frames of a window it sees, evenly spaced; None, as published: all
+        if frames is not None and frames < 1: raise ParamsError(f"frames must be at least 1 or None, got {frames}")
+        self.discriminator, self.frames = QualityDiscriminator(width), frames
+
+    def _seen(self, x: Tensor) -> Tensor:
+        "The frames (B, t, 3, H, W) that are judged."
+        T = x.shape[1]
+        if self.frames is None or self.frames >= T: return x
+        return x[:, torch.linspace(0, T - 1, self.frames).round().long() if self.frames > 1 else [T//2]]
 
     def __call__(self, output: Tensor, batch) -> Tensor:
-        with held(self.discriminator) as discriminator: logits = discriminator(output.to(self._dtype))
+        with held(self.discriminator) as discriminator: logits = discriminator(self._seen(output).to(self._dtype))
         return F.softplus(-logits.to(self._dtype)).mean()
 
     def discriminator_loss(self, real: Tensor,  # (B, T, 3, H, W) in [0, 1]
                            fake: Tensor         # same shape; its graph is cut
                           ) -> Tensor:
         "The discriminator's loss, the sum over real and generated frames as in Wav2Lip; 2 ln 2 at chance."
-        real, fake = (self.discriminator(x.detach().to(self._dtype)).to(self._dtype) for x in (real, fake))
+        real, fake = (self.discriminator(self._seen(x).detach().to(self._dtype)).to(self._dtype) for x in (real, fake))
         return F.softplus(-real).mean() + F.softplus(fake).mean()
 
     @property

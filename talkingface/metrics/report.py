@@ -6,7 +6,7 @@
 __all__ = ['ROW_FIELDS', 'NETWORKS', 'CLIP_SCORES', 'CURVES', 'SET_SCORES', 'Scorers', 'split_name', 'variants',
            'IdentityEncoder', 'Measured', 'Case', 'SetScore', 'availability', 'available_metrics', 'expand',
            'score_clip', 'set_parts', 'finish_set', 'set_interval', 'evaluate_method', 'corpus_scorers',
-           'published_scorers']
+           'published_scorers', 'evaluate_row']
 
 # %% ../../nbs/08_metrics/04_report.ipynb #95b74609
 from collections import Counter
@@ -18,7 +18,8 @@ from typing import Callable
 import numpy as np
 import torch
 
-from ..core import InputError, MissingExtra, MissingWeights, ParamsError, progress, rng
+from ..core import InputError, MissingExtra, MissingWeights, ParamsError, progress, read_json, rng
+from ..dubbing import stored_faces
 from ..experts.landmarks import build_landmarker
 from .avs import AVScorer, avs_frames, load_av_scorer
 from .base import METRICS, NEEDS, metric_info
@@ -27,8 +28,8 @@ from .lips import LipTracker, aperture, aperture_correlation, lmd_frames
 from .perceptual import (CorpusLPIPS, FeatureScorer, Moments, fid, load_feature_scorer, load_lpips,
                                             lpips_frames)
 from .silence import QUIET, is_silent, leak_coefficients, leak_sums, silent_segments, silent_values
-from .sync import (SyncScorer, best_distances, frame_confidence, load_scorer, lse, published_scorer,
-                                      variance)
+from .sync import (SyncScorer, best_distances, check_independent, frame_confidence, load_scorer, lse,
+                                      published_scorer, variance)
 from .temporal import (csim_frames, flicker_frames, ifc_diff_frames, ifc_feat_frames, load_face_encoder,
                                           load_vgg19)
 from ..weights import load_model
@@ -511,3 +512,24 @@ def published_scorers(device: str = 'cpu') -> Scorers:
         except (MissingWeights, MissingExtra) as error: missing[kind, name] = str(error); continue
         found.setdefault(kind, {})[net.name if kind == 'speech' else name] = net           # several AV-HuBERTs are published
     return Scorers(**found, missing=missing)
+
+# %% ../../nbs/08_metrics/04_report.ipynb #5a4d2caf
+def evaluate_row(method: str,
+                 folder: str | Path,     # of `revoice_row`: faces and meta.json, further trainings in seed-1, seed-2, ...
+                 store, scorers: Scorers, profile: str, seed: int = 0,
+                 metrics=None            # names; None: all that are available
+                ) -> list[dict]:         # tidy rows
+    "Score every training of a row."
+    rows, truths, folder = [], {}, Path(folder)
+    for n, here in enumerate([folder, *sorted(folder.glob('seed-*'))]):
+        about = read_json(here/'meta.json')
+        if reason := about.get('not_run', ''):
+            common = dict(profile=profile, method=method, clip='all', seed=seed + n, value=None, n_frames=0, protocol='', reason=reason)
+            return [{k: dict(common, set=s, metric=m)[k] for k in ROW_FIELDS}
+                    for s in dict.fromkeys(r['split'] for r in store.rows) for m in expand(metrics, scorers, reference=True)]
+        for scorer in [*scorers.syncs.values(), *scorers.speech.values(), *scorers.fid.values()]: check_independent(scorer, about)
+        shown = lambda clip: np.array(about['shown'][clip.name])
+        there = [i for i, r in enumerate(store.rows) if r['clip'] in about['shown']]
+        rows += evaluate_method(method, stored_faces(here, [store.rows[i]['clip'] for i in there]), [store[i] for i in there], scorers,
+                                profile, seed + n, metrics, references=shown, truths=truths)
+    return rows

@@ -1,0 +1,284 @@
+"""The ledger: rules judge both ways, what is missing is not run, and the page states rules before numbers."""
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from talkingface.core import InputError, ParamsError
+from talkingface.experiments import published, write_rows
+from talkingface.ledger import (CLAIMS_C, EXPERT_VERDICTS, LEDGER, LEDGER_FIELDS, NO_LOSS, RULES, STEADINESS, VERDICTS, Bears, Compare, Evidence,
+                                Expert, Found, Leak, LedgerClaim, Open, Part, Spread, Steady, decide, is_part, ledger, ledger_counts, ledger_markdown,
+                                read_evidence, rows_of, seed_interval, verdict_of, write_ledger)
+from talkingface.robustness import CLAIMS as EXPERT_CLAIMS
+
+
+def rows(means: dict, clips=10, seeds=3, spread=.02, noise=.002, profile='demo', where='test'):
+    "Made-up rows, {method: {metric: mean or a mean for each seed}}; all methods share what is easy or hard in a clip."
+    hard, lines = np.linspace(-1, 1, clips), []
+    for m, (method, metrics) in enumerate(means.items()):
+        for metric, mean in metrics.items():
+            for s, value in enumerate(np.broadcast_to(mean, seeds)):
+                for c, name in enumerate(['all'] if metric.startswith('fid') else [f'clip_{c}' for c in range(clips)]):
+                    value_of = value*(1 + spread*hard[c]*(name != 'all') + noise*np.sin(7*c + 3*s + m))
+                    lines.append(dict(profile=profile, method=method, set=where, clip=name, seed=s, metric=metric, value=value_of, n_frames=9, protocol='', reason=''))
+    return pd.DataFrame(lines)
+
+
+def judge(rule, means, **options):
+    return rule.judge(Evidence('demo', rows(means, **options)))
+
+
+def leak(coefficients: dict, clips=8, frames=30, seeds=2, policy='per_frame'):
+    out = []
+    for method, values in coefficients.items():
+        for s, value in enumerate(np.broadcast_to(values, seeds)):
+            for c in range(clips):
+                draw = np.random.default_rng([s, c]); target, reference = draw.uniform(0, 8, (2, frames))
+                out.append(pd.DataFrame(dict(profile='demo', method=method, seed=s, policy=policy, clip=f'clip_{c}', frame=range(frames),
+                                             generated=.7*target + value*reference + draw.normal(0, .3, frames), target=target, reference=reference)))
+    return pd.concat(out, ignore_index=True)
+
+
+def logs(noises: dict, seeds=3, lines=80):
+    out = []
+    for row, noise in noises.items():
+        for s in range(seeds):
+            draw = np.random.default_rng([len(row), s]).standard_normal((2, lines))*noise
+            out.append(pd.DataFrame(dict(row=row, seed=s, step=range(lines), term='sync', sync=1 + draw[0], gradient=np.exp(draw[1]), loss=1.)))
+    return pd.concat(out, ignore_index=True)
+
+
+PLAIN = {'psnr': 28., 'lse_c[corpus]': .40, 'lmd': 2., 'fid_corpus': 3.}
+
+
+@pytest.mark.parametrize('metric, better, worse', [('psnr', 30., 26.), ('lse_c', .45, .35), ('lmd', 1.5, 2.5), ('fid', 2., 4.)])
+def test_a_difference_is_judged_both_ways(metric, better, worse):
+    name = next(k for k in PLAIN if k.startswith(metric))
+    for value, verdict in ((better, 'reproduced'), (worse, 'not_reproduced'), (PLAIN[name], 'inconclusive')):
+        found = judge(Compare('new', 'plain', metric), {'plain': PLAIN, 'new': {name: value}})
+        assert found.verdict == verdict and found.seeds == 3
+        if verdict != 'inconclusive': assert found.measured == pytest.approx(value - PLAIN[name], rel=.05) and found.low < found.measured < found.high
+
+
+def test_direction_can_be_the_one_that_is_worse():
+    "Restoration is claimed to lower PSNR."
+    assert judge(Compare('new', 'plain', 'psnr', up=False), {'plain': PLAIN, 'new': {'psnr': 26.}}).verdict == 'reproduced'
+    with pytest.raises(ParamsError, match='no direction'): Compare('new', 'plain', 'offset').text()
+
+
+@pytest.mark.parametrize('loss, verdict', [(-.10, 'reproduced'), (.005, 'reproduced'), (.06, 'not_reproduced'), (NO_LOSS, 'inconclusive')])
+def test_no_loss_allows_what_its_margin_says(loss, verdict):
+    found = judge(Compare('new', 'plain', 'lse_c', margin=NO_LOSS), {'plain': PLAIN, 'new': {'lse_c[corpus]': .40*(1 - loss)}}, noise=.004)
+    assert found.verdict == verdict
+    lower = judge(Compare('new', 'plain', 'lmd', margin=NO_LOSS), {'plain': PLAIN, 'new': {'lmd': 2*(1 + loss)}}, noise=.004)
+    assert lower.verdict == verdict
+
+
+def test_trainings_that_disagree_settle_nothing():
+    means = {'plain': PLAIN, 'new': {'psnr': (32., 32., 27.)}}
+    found = judge(Compare('new', 'plain', 'psnr'), means)
+    assert found.low > 0 and found.verdict == 'inconclusive' and 'trainings disagree' in found.why
+    assert judge(Compare('new', 'plain', 'psnr'), {'plain': PLAIN, 'new': {'psnr': (32., 32., 29.)}}).verdict == 'reproduced'
+
+
+def test_one_training_is_said():
+    found = judge(Compare('new', 'plain', 'psnr'), {'plain': PLAIN, 'new': {'psnr': 30.}}, seeds=1)
+    assert found.verdict == 'reproduced' and found.seeds == 1 and 'one training' in found.why
+
+
+@pytest.mark.parametrize('seeds, verdict', [(1, 'inconclusive'), (2, 'inconclusive'), (3, 'reproduced')])
+def test_metrics_of_a_set_need_three_trainings(seeds, verdict):
+    found = judge(Compare('new', 'plain', 'fid'), {'plain': PLAIN, 'new': {'fid_corpus': 2.}}, seeds=seeds)
+    assert found.verdict == verdict and found.measured < 0 and np.isnan(found.low) == (seeds < 3)
+    assert verdict == 'reproduced' or f'{seeds} training' in found.why
+    assert judge(Compare('new', 'plain', 'fid'), {'plain': PLAIN, 'new': {'fid_corpus': (1., 2., 5.)}}).verdict == 'inconclusive'
+
+
+def test_only_shared_clips_and_trainings_count():
+    table = rows({'plain': PLAIN, 'new': {'psnr': 30.}})
+    table = table[~((table['method'] == 'new') & ((table['seed'] == 2) | (table['clip'] == 'clip_0')))]
+    found = Compare('new', 'plain', 'psnr').judge(Evidence('demo', table))
+    assert (found.n, found.seeds) == (9, 2)
+    apart = pd.concat([table[table['method'] == 'plain'], table[table['method'] == 'new'].assign(clip='elsewhere', seed=range(18))])
+    assert Compare('new', 'plain', 'psnr').judge(Evidence('demo', apart)).verdict == 'not_run'
+
+
+def test_published_networks_come_first():
+    both = {'lse_c[corpus]': .4, 'lse_c[syncnet_v2]': 7.}
+    found = judge(Compare('new', 'plain', 'lse_c'), {'plain': both, 'new': {'lse_c[corpus]': .5, 'lse_c[syncnet_v2]': 6.}})
+    assert found.verdict == 'not_reproduced' and 'syncnet_v2' in found.why
+    assert judge(Compare('new', 'plain', 'lse_c'), {'plain': both, 'new': {'lse_c[corpus]': .5}}).verdict == 'reproduced'
+
+
+def test_a_row_that_was_not_run_tells_its_reason():
+    absent = pd.DataFrame([dict(profile='demo', method='setup_c', set='test', clip='all', seed=0, metric=m, value=np.nan, n_frames=0, protocol='',
+                                reason='wav2vec2.safetensors is not in weights/') for m in ('lse_c', 'lmd')])
+    found = Compare('setup_c', 'setup_a', 'lse_c').judge(Evidence('demo', pd.concat([absent, rows({'setup_a': PLAIN})])))
+    assert found.verdict == 'not_run' and 'wav2vec2.safetensors' in found.why and np.isnan(found.measured)
+    lacks = Compare('setup_a', 'other', 'ssim').judge(Evidence('demo', rows({'setup_a': PLAIN})))
+    assert lacks.why == 'no rows of other; setup_a has no ssim on test'
+
+
+def test_leaking_is_judged_both_ways_and_by_intervention_alone():
+    evidence = Evidence('demo', leak=leak({'random': .4, 'silent': .05, 'same': .4, 'torn': (.6, .1)}))
+    assert Leak('silent', 'random').judge(evidence).measured == pytest.approx(-.35, abs=.02)
+    assert [Leak(*pair).judge(evidence).verdict for pair in (('silent', 'random'), ('random', 'silent'), ('same', 'random'), ('torn', 'random'))] == \
+        ['reproduced', 'not_reproduced', 'inconclusive', 'inconclusive']
+    own = Evidence('demo', leak=pd.concat([evidence.leak, leak({'random': .0, 'silent': .9}, policy='own')]))
+    assert Leak('silent', 'random').judge(own) == Leak('silent', 'random').judge(evidence)
+    assert Leak('silent', 'absent').judge(evidence) == Found('not_run', 'no leak intervention of absent')
+    still = evidence.leak.assign(reference=3.)
+    assert Leak('silent', 'random').judge(Evidence('demo', leak=still)).verdict == 'inconclusive'
+
+
+def test_spread_over_clips_is_judged_both_ways():
+    wide, narrow = rows({'wide': {'lse_c[corpus]': .4}}, clips=40, spread=.4), rows({'narrow': {'lse_c[corpus]': .4}}, clips=40, spread=.1)
+    low = narrow.assign(method='low', value=narrow['value']/4)                    # a lower score varies less; relative to itself it does not
+    evidence = Evidence('demo', pd.concat([wide, narrow, low]))
+    assert Spread('narrow', 'wide').judge(evidence).verdict == 'reproduced' and Spread('wide', 'narrow').judge(evidence).verdict == 'not_reproduced'
+    assert Spread('low', 'narrow').judge(evidence).verdict == 'reproduced' and Spread('low', 'narrow', relative=True).judge(evidence).verdict == 'inconclusive'
+    assert Spread('narrow', 'absent').judge(evidence).verdict == 'not_run'
+    found = Spread('narrow', 'wide').judge(evidence)
+    value = lambda t: t.pivot(index='clip', columns='seed', values='value').var(ddof=0).mean()
+    assert found.measured == pytest.approx(value(narrow) - value(wide)) and found.n == 40
+
+
+@pytest.mark.parametrize('column', list(STEADINESS))
+def test_stability_is_judged_both_ways(column):
+    evidence = Evidence('demo', logs=logs({'plain': .3, 'steady': .1}))
+    assert Steady('steady', 'plain', column).judge(evidence).verdict == 'reproduced'
+    assert Steady('plain', 'steady', column).judge(evidence).verdict == 'not_reproduced'
+    assert Steady('steady', 'absent', column).judge(evidence).verdict == 'not_run'
+    two = Steady('steady', 'plain', column).judge(Evidence('demo', logs=logs({'plain': .3, 'steady': .1}, seeds=2)))
+    assert two.verdict == 'inconclusive' and '2 trainings' in two.why
+    broken = evidence.logs.copy(); broken.loc[3, 'sync'] = np.nan
+    assert 'not finite' in Steady('steady', 'plain', column).judge(Evidence('demo', logs=broken)).why
+
+
+def test_verdicts_on_experts_are_taken_over():
+    told = pd.DataFrame([dict(claim=f'claim {v}', measure='sd', main=True, first_value=.2, second_value=.3, measured=-.1, low=-.2, high=-.05, verdict=v,
+                              note='sd: so; cv: so' if v == 'mixed' else np.nan, n=9, seeds=1) for v in EXPERT_VERDICTS])
+    for theirs, ours in EXPERT_VERDICTS.items():
+        found = Expert(f'claim {theirs}').judge(Evidence('demo', experts=told))
+        assert found.verdict == ours
+        if theirs == 'mixed': assert 'sd: so; cv: so' in found.why
+    with pytest.raises(InputError, match='verdict'): Expert('claim mixed').judge(Evidence('demo', experts=told.assign(verdict='perhaps')))
+    assert Expert('unknown').judge(Evidence('demo', experts=told)).verdict == 'not_run'
+
+
+def test_every_claim_on_experts_is_in_the_ledger():
+    named = {p.rule.claim for c in LEDGER for p in c.parts if isinstance(p.rule, Expert)}
+    assert named == {c.text for c in EXPERT_CLAIMS if c.paper in 'AB'}
+
+
+def test_robust_metrics_are_judged_both_ways():
+    table = pd.DataFrame([dict(degradation='shift_x', level=v, clip=f'clip_{c}', metric=m, value=(1 + .01*c)*(1 - k*abs(v)))
+                          for m, k in (('avs_u[corpus]', .001), ('lse_c[corpus]', .03)) for v in (-10, 0, 10) for c in range(4)])
+    evidence = Evidence('demo', behaviour=table)
+    assert [r.judge(evidence).verdict for r in (Bears('avs_u', 'lse_c'), Bears('lse_c', 'avs_u'), Bears('avs_u'), Bears('lse_c'))] == \
+        ['reproduced', 'not_reproduced', 'reproduced', 'not_reproduced']
+    assert Bears('avs_u').judge(evidence).measured == pytest.approx(.01) and Bears('lmd').judge(evidence).verdict == 'not_run'
+    assert Bears('avs_u').judge(Evidence('demo', behaviour=table[table['level'] != 0])).verdict == 'not_run'
+
+
+@pytest.mark.parametrize('parts, verdict', [('rr', 'reproduced'), ('rn', 'not_reproduced'), ('ri', 'inconclusive'), ('ni', 'not_reproduced'),
+                                            ('r0', 'inconclusive'), ('n0', 'not_reproduced'), ('00', 'not_run'), ('i', 'inconclusive')])
+def test_a_claim_follows_from_its_parts(parts, verdict):
+    assert verdict_of([dict(r='reproduced', n='not_reproduced', i='inconclusive')[p] if p != '0' else 'not_run' for p in parts]) == verdict
+
+
+def test_what_is_told_beside_decides_nothing():
+    evidence = Evidence('demo', rows({'plain': PLAIN, 'new': {'psnr': 30., 'lmd': 3.}}))
+    claim = LedgerClaim('X', 'A', 'new is better', 'here', (*rows_of('psnr', method='new', other='plain'), *rows_of('lmd', method='new', other='plain', counts=False)))
+    table = ledger(evidence, (claim,)).set_index('id')
+    assert table['verdict'].to_dict() == {'X': 'reproduced', 'X.psnr': 'reproduced', 'X.lmd': 'not_reproduced'} and 'LMD' not in table.loc['X', 'why']
+    with pytest.raises(ParamsError, match='no part that decides'): LedgerClaim('Y', 'A', 'x', 'here', rows_of('psnr', method='new', other='plain', counts=False))
+    with pytest.raises(ParamsError, match='one name'): LedgerClaim('Y', 'A', 'x', 'here', (Part('a', Open('x', 'y')), Part('a', Open('x', 'y'))))
+
+
+def test_what_explains_a_failure_is_shown_with_it_alone():
+    claim = LedgerClaim('X', 'A', 'new is better', 'here', rows_of('psnr', method='new', other='plain'), explained_by=('how it cheats', 'fig_x.png'))
+    shown = [('fig_x.png' in ledger(Evidence('demo', rows({'plain': PLAIN, 'new': {'psnr': v}})), (claim,))['why'][0]) for v in (26., 28., 30.)]
+    assert shown == [True, False, False]
+
+
+def test_the_ledger_is_well_formed(tmp_path):
+    assert len({c.id for c in LEDGER}) == len(LEDGER) and {c.paper for c in LEDGER} == set('ABC')
+    assert all(c.id.startswith(c.paper) and c.statement and c.where and '.' not in c.id for c in LEDGER)
+    texts = [p.rule.text() for c in LEDGER for p in c.parts]
+    assert all(len(t) > 20 for t in texts)
+    ids = {c.id for c in LEDGER}
+    assert {f'A{i}' for i in range(1, 18)} <= ids and {f'B{i}' for i in range(1, 11)} <= ids and {f'C{i}' for i in range(1, 10)} <= ids
+
+
+def test_without_files_nothing_is_run_and_nothing_fails(tmp_path):
+    table = ledger(read_evidence('demo', tmp_path/'rows', tmp_path/'leak.csv', tmp_path/'claims_experts.csv', tmp_path/'generators', tmp_path/'behaviour.csv'))
+    assert list(table) == list(LEDGER_FIELDS) and set(table['verdict']) == {'not_run'}
+    assert table['id'].is_unique and (table['why'].str.len() > 5).all() and table[['measured', 'low', 'high']].isna().all(axis=None)
+    claims = table[~is_part(table)].set_index('id')
+    assert 'rows of paper B are not trained yet' in claims.loc['B5', 'why'] and 'no rows of setup_c' in claims.loc['A8', 'why']
+    assert ledger_counts(table)['not_run'].sum() == len(LEDGER) == len(claims)
+
+
+def test_what_was_reported_comes_from_the_table_of_published_numbers():
+    table = ledger(Evidence('demo')).set_index('id')
+    assert table.loc['A4.psnr', 'reported'] == '27.18† → 31.17†' and table.loc['A5.fid', 'reported'] == '? → 4.02†'
+    assert table.loc['B5.lse_c', 'reported'] == '7.481 → 7.958' and table.loc['C6.psnr', 'reported'] == '27.6478 → 27.556'
+    variance = published(paper='stabilized_sync', metric='lse_c_variance').set_index('row')['value']
+    assert f"{variance['syncnet']:g} → {variance['avsyncnet']:g}" in table.loc['A6', 'reported']
+
+
+def test_what_a_paper_contradicts_itself_is_computed_right():
+    "Every number with four digits in the notes on paper C stands in its tables, and the shares follow from them."
+    printed = {f'{v:g}' for v in published(paper='g4g')['value']}
+    notes = {c.id: c.note for c in CLAIMS_C}
+    for note in notes.values():
+        for number in re.findall(r'\d+\.\d{3,}', note): assert number in printed, number
+    assert .9083/.8935 - 1 == pytest.approx(.017, abs=.0005) and .9101/.8928 - 1 == pytest.approx(.019, abs=.0005) and '1.7 %' in notes['C2']
+    assert 7.3381/7.0682 - 1 == pytest.approx(.038, abs=.0005) and '3.8 %' in notes['C5']
+    assert [round(100*(a/b - 1), 1) for a, b in ((3.41, 3.14), (4.26, 3.91), (4.34, 3.68))] == [8.6, 9.0, 17.9]
+    cells = published(paper='g4g', table='table_02').set_index(['row', 'metric'])['value']
+    for metric, up in dict(psnr=1, ssim=1, lse_c=1, lpips=0, mse=0, lse_d=0).items():
+        assert (cells['no_supervision', metric] > cells['ours', metric]) == bool(up)
+
+
+def test_the_page_states_rules_before_numbers(tmp_path):
+    evidence = Evidence('demo', rows({'setup_a': PLAIN | {'lse_d[corpus]': 1.}, 'setup_b': {'lse_c[corpus]': .45, 'lse_d[corpus]': .9, 'lmd': 2.5}}))
+    table = ledger(evidence); page = ledger_markdown(table); line = table.set_index('id').loc['A7']
+    assert line['verdict'] == 'not_reproduced' and line['n'] == 10 and line['seeds'] == 3
+    rules, verdicts = page.split('\n## Verdicts')
+    for text in (*RULES, *table['rule']): assert text in rules
+    assert not re.search(r'\[−?\d', rules) and not any(f'**{v}**' in rules for v in VERDICTS)       # no interval and no verdict before the rules
+    assert f"| {ledger_counts(table).loc['A', 'not_reproduced']} |" in verdicts and f'1 of {len(LEDGER)} claims are settled' in verdicts
+    assert '| A7.lmd |' in verdicts and '| A8.lmd |' not in verdicts                                 # parts of what was not run
+    rows_ = [l for l in page.splitlines() if l.startswith('| A')]
+    assert {l.count(' | ') for l in rows_ if l in rules} == {2} and {l.replace('\\|', '').count(' | ') for l in verdicts.splitlines() if l.startswith('| A7')} == {6}
+
+
+def test_files_are_read_written_and_equal(tmp_path):
+    write_rows(tmp_path/'rows'/'plain.csv', rows({'setup_d': PLAIN})); write_rows(tmp_path/'rows'/'new.csv', rows({'setup_e': {'psnr': 30., 'lse_c[corpus]': .4}}))
+    (tmp_path/'generators'/'setup_e'/'seed-1').mkdir(parents=True); (tmp_path/'generators'/'sync_none').mkdir()
+    log = pd.DataFrame({'step': range(50), 'loss': 1., 'stabilized_sync': np.linspace(1, .5, 50), 'weight_stabilized_sync': 2., 'grad_generator': 1.})
+    for path in ('setup_e', 'setup_e/seed-1'): log.to_csv(tmp_path/'generators'/path/'log.csv', index=False)
+    log[['step', 'loss']].to_csv(tmp_path/'generators'/'sync_none'/'log.csv', index=False)
+    evidence = read_evidence('demo', tmp_path/'rows', generators=tmp_path/'generators')
+    assert evidence.logs.groupby('row')['seed'].unique().map(list).to_dict() == {'setup_e': [0, 1]}
+    first = [p.read_bytes() for p in write_ledger(ledger(evidence), tmp_path/'claims')]
+    assert first == [p.read_bytes() for p in write_ledger(ledger(evidence), tmp_path/'claims')]
+    table = pd.read_csv(tmp_path/'claims.csv', keep_default_na=False)
+    assert list(table) == list(LEDGER_FIELDS) and set(table['verdict']) <= set(VERDICTS)
+    assert table.set_index('id').loc['A4.psnr', 'verdict'] == 'reproduced'
+    with pytest.raises(InputError, match='profile'): read_evidence('medium', tmp_path/'rows')
+
+
+def test_strange_input_is_refused():
+    with pytest.raises(InputError, match='one id'): ledger(Evidence('demo'), (LEDGER[0], LEDGER[0]))
+    with pytest.raises(InputError, match='unknown verdicts'): verdict_of(['reproduced', 'maybe'])
+    with pytest.raises(ParamsError, match='no claim'): Expert('AVSyncNet is prettier').text()
+
+
+def test_intervals_and_decisions():
+    assert decide(float('nan'), 1.)[0] == 'inconclusive' and decide(0., 1.)[0] == 'inconclusive' and decide(1e-9, 1.)[0] == 'reproduced'
+    low, high = seed_interval([1., 1., 1.]); assert low == high == 1.
+    assert np.isnan(seed_interval([])).all()
