@@ -69,7 +69,8 @@ def leak_rows(method: str,
         real = opening(clip.faces) if true is None else true[clip.name]
         made = opening(draw(clip, of)); use = np.asarray(clip.valid, bool) & np.asarray(clip.valid, bool)[of]
         if len(made) != len(real): raise InputError(f"{method} drew {len(made)} frames for {clip.name}, which has {len(real)}")
-        rows.append(pd.DataFrame(dict(profile=profile, method=method, seed=training, policy='per_frame' if shown is None else 'own', clip=clip.name,
+        rows.append(pd.DataFrame(dict(profile=profile, method=method, seed=training,
+                                      policy='per_frame' if shown is None else 'own', clip=clip.name,
                                       frame=np.arange(len(real)), generated=made, target=real, reference=real[of]))[use])
     return pd.concat(rows, ignore_index=True)[list(LEAK_FIELDS)]
 
@@ -85,7 +86,8 @@ def read_leak(path: str | Path):   # DataFrame of LEAK_FIELDS
     import pandas as pd
     if not Path(path).is_file(): raise InputError(f"no such file: {path}; run the stage evaluate_leak that writes it")
     rows = pd.read_csv(path, dtype={k: str for k in ('profile', 'method', 'policy', 'clip')})
-    if tuple(rows) != LEAK_FIELDS: raise InputError(f"{path}: expected the columns {', '.join(LEAK_FIELDS)}, got {', '.join(rows)}")
+    if tuple(rows) != LEAK_FIELDS:
+        raise InputError(f"{path}: expected the columns {', '.join(LEAK_FIELDS)}, got {', '.join(rows)}")
     return rows
 
 # %% ../nbs/10_leaking.ipynb #3c2bc04b
@@ -93,14 +95,16 @@ def row_folders(folder: str | Path      # generated/ROW
                ) -> dict[int, Path]:    # number of the training -> folder; empty if the row was not run
     "The trainings of a row."
     folder = Path(folder)
-    if not (folder/'meta.json').is_file(): raise InputError(f"{folder} has no meta.json; run the stage that writes it, or leave the row out")
+    if not (folder/'meta.json').is_file():
+        raise InputError(f"{folder} has no meta.json; run the stage that writes it, or leave the row out")
     if read_json(folder/'meta.json').get('not_run'): return {}
     more = {int(p.name[5:]): p for p in folder.glob('seed-*') if (p/'meta.json').is_file()}
     return {0: folder} | dict(sorted(more.items()))
 
 def not_run(generated: str | Path, names: list[str]) -> dict[str, str]:
     "The rows that were not run, and why."
-    reasons = {name: read_json(Path(generated)/name/'meta.json').get('not_run') for name in names if (Path(generated)/name/'meta.json').is_file()}
+    reasons = {name: read_json(Path(generated)/name/'meta.json').get('not_run') for name in names
+               if (Path(generated)/name/'meta.json').is_file()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 def evaluate_leak(names: list[str],       # rows
@@ -132,7 +136,8 @@ def _solve(n, xx, xy) -> np.ndarray:   # (...), (...,3,3), (...,3) -> (...,2) le
     cov = xx[..., :2, :2]/n[..., None] - mean[..., None]*mean[..., None, :]; with_y = xy[..., :2]/n - mean*cross
     spread = np.sqrt(np.diagonal(cov, axis1=-2, axis2=-1).clip(0)); both = cov[..., 0, 1]
     bad = (spread < .05).any(-1) | (np.abs(both) > .999*spread.prod(-1)) | (n[..., 0] < 3)
-    follow, leak = np.moveaxis(np.linalg.solve(np.where(bad[..., None, None], np.eye(2), cov), with_y[..., None])[..., 0], -1, 0)
+    follow, leak = np.moveaxis(np.linalg.solve(np.where(bad[..., None, None], np.eye(2), cov), with_y[..., None])[..., 0], -1,
+                               0)
     return np.where(bad[..., None], np.nan, np.stack([leak, follow], -1))
 
 def _sums(rows, within: bool = False) -> dict[str, dict]:   # clip -> sums of all trainings
@@ -145,7 +150,8 @@ def _sums(rows, within: bool = False) -> dict[str, dict]:   # clip -> sums of al
         found[clip] = {k: found[clip][k] + own[k] for k in own} if clip in found else own
     return found
 
-def _stacked(sums: dict, clips) -> tuple: return tuple(np.stack([np.asarray(sums[c][k], np.float64) for c in clips]) for k in ('frames', 'xx', 'xy'))
+def _stacked(sums: dict, clips) -> tuple: return tuple(np.stack([np.asarray(sums[c][k], np.float64) for c in clips])
+                                                       for k in ('frames', 'xx', 'xy'))
 
 def _resampled(sums: dict, clips, seed: int, draws: int = 2000) -> np.ndarray:   # (draws,2)
     "Coefficients over clips drawn with replacement; the same draws as `lip_leak`."
@@ -170,7 +176,8 @@ def leak_table(leak,             # rows of `evaluate_leak`
             (low, high), (follow_low, follow_high) = _interval(draws[:, 0]), _interval(draws[:, 1])
             if np.isnan(point[0]): low = high = follow_low = follow_high = float('nan')
             within = _solve(*[s.sum(0) for s in _stacked(_sums(part, True), clips)])
-            lines.append(dict(profile=profile, method=method, policy=policy, seed=name, leak=point[0], low=low, high=high, follow=point[1],
+            lines.append(dict(profile=profile, method=method, policy=policy, seed=name, leak=point[0], low=low, high=high,
+                              follow=point[1],
                               follow_low=follow_low, follow_high=follow_high, within=within[0], frames=int(total[0]), clips=len(clips),
                               trainings=part['seed'].nunique()))
     return pd.DataFrame(lines)
@@ -186,8 +193,10 @@ def leak_difference(leak, method: str, other: str, policy: str = 'per_frame', se
     clips = [c for c in sums[method] if c in sums[other]]
     if len(clips) < 2: raise InputError(f"{method} and {other} share {len(clips)} clips; a paired difference needs two")
     point = [_solve(*[s.sum(0) for s in _stacked(sums[name], clips)])[0] for name in (method, other)]
-    draws = _resampled(sums[method], clips, seed)[:, 0] - _resampled(sums[other], clips, seed)[:, 0]; low, high = _interval(draws)
-    single = {name: {n: _solve(*[s.sum(0) for s in _stacked(_sums(r), clips)])[0] for n, r in part[part['method'] == name].groupby('seed')} for name in sums}
+    draws = _resampled(sums[method], clips, seed)[:, 0] - _resampled(sums[other], clips, seed)[:, 0]
+    low, high = _interval(draws)
+    single = {name: {n: _solve(*[s.sum(0) for s in _stacked(_sums(r), clips)])[0]
+                     for n, r in part[part['method'] == name].groupby('seed')} for name in sums}
     pairs = [single[method][n] - single[other][n] for n in single[method] if n in single[other]]
     mean = float(point[0] - point[1])
     return dict(method=method, other=other, policy=policy, mean=mean, low=low, high=high, n=len(clips), seeds=len(pairs),
@@ -198,11 +207,13 @@ def leak_differences(leak, other: str, policy: str = 'per_frame', seed: int = 0)
     "Every row against one; empty if that one was not run."
     import pandas as pd
     names = list(dict.fromkeys(leak[leak['policy'] == policy]['method']))
-    return pd.DataFrame([leak_difference(leak, name, other, policy, seed) for name in names if name != other] if other in names else [])
+    return pd.DataFrame([leak_difference(leak, name, other, policy, seed) for name in names if name != other]
+                        if other in names else [])
 
 # %% ../nbs/10_leaking.ipynb #1c02db32
-STRATEGIES = {'setup_b': 'Random, plain sync loss', 'ref_random': 'Random frame', 'ref_fixed': 'One fixed frame', 'ref_lowest': 'Lowest similarity',
-              'ref_closed': 'Smallest opening', 'ref_wav2lip': 'Closed by Wav2Lip', 'setup_e': 'Closed by G_S', 'setup_d': 'Closed by G_S, plain sync loss',
+STRATEGIES = {'setup_b': 'Random, plain loss', 'ref_random': 'Random frame', 'ref_fixed': 'One fixed frame',
+              'ref_lowest': 'Lowest similarity',
+              'ref_closed': 'Smallest opening', 'ref_wav2lip': 'Closed by Wav2Lip', 'setup_e': 'Closed by G_S', 'setup_d': 'Closed by G_S, plain loss',
               'setup_g': 'Setup G', 'final': 'Final', 'wav2lip': 'Wav2Lip', 'silent': 'G_S'}
 
 def row_label(name: str, labels: dict | None = None) -> str:
@@ -241,27 +252,32 @@ def leak_figure(leak, methods: list[str] | None = None, policy: str = 'per_frame
     top = float(np.quantile(part[part['method'].isin(names)][['generated', 'reference']].to_numpy(), .998))*1.08
     count = -(-len(names)//columns); wide = min(columns, len(names))
     with plotting() as plt:
-        fig, axes = plt.subplots(count, wide, figsize=(max(1.95*wide, 5.), 1.95*count + .95), layout='constrained', sharex=True, sharey=True, squeeze=False)
+        fig, axes = plt.subplots(count, wide, figsize=(max(1.95*wide, 5.), 1.95*count + .95), layout='constrained',
+                                 sharex=True, sharey=True, squeeze=False)
         plt.close(fig)
         for ax, name in zip(axes.flat, names):
             line = line_of.loc[name]; _draw_panel(ax, part[part['method'] == name], line, seed)
             ax.set_title(row_label(name, labels), fontsize=9); ax.set(xlim=(0, top), ylim=(0, top))
             ax.text(.04, .96, f"leak {line['leak']:.2f} [{line['low']:.2f}, {line['high']:.2f}]\nfollow {line['follow']:.2f}".replace('-', '−'),
-                    transform=ax.transAxes, va='top', fontsize=8, bbox=dict(facecolor='white', alpha=.85, edgecolor='none', pad=1.5))
+                    transform=ax.transAxes, va='top', fontsize=8, bbox=dict(facecolor='white', alpha=.85, edgecolor='none',
+                                                                            pad=1.5))
         for ax in axes.flat[len(names):]: ax.set_axis_off()
         for ax in axes[:, 0]: ax.set_ylabel('output opening (px)')
-        for i in range(wide): axes[(len(names) - 1 - i)//wide, i].set_xlabel('reference opening (px)'); axes[(len(names) - 1 - i)//wide, i].tick_params(labelbottom=True)
+        for i in range(wide):
+            axes[(len(names) - 1 - i)//wide, i].set_xlabel('reference opening (px)')
+            axes[(len(names) - 1 - i)//wide, i].tick_params(labelbottom=True)
         _small_print(fig, _leak_print(part, line_of, policy), title)
     return fig, table
 
 def _leak_print(part, line_of, policy: str) -> list[str]:
     drawn = 'drawn anew for every frame, the same for every row' if policy == 'per_frame' else 'those that the row was run with'
-    return [f"Profile {part['profile'].iloc[0]}. {int(line_of['clips'].max())} clips of unseen identities, {_count(line_of['trainings'].max(), 'training')} of each row; references "
+    return [f"Profile {part['profile'].iloc[0]}. {int(line_of['clips'].max())} clips of unseen identities, {_count(line_of['trainings'].max(), 'training')} of a row; references "
             f"{drawn}. Openings by the landmarker, px of a 96 px crop; on the vertical axis the effect of the true opening is taken off.",
             'Dots: frames. Black: means of tenths. Line: coefficient of the reference with its 95 % interval over clips. Dotted: the reference pasted.']
 
 # %% ../nbs/10_leaking.ipynb #ee8612a0
-def leak_forest(leak, methods: list[str] | None = None, labels: dict | None = None, title: str = '', seed: int = 0) -> tuple:   # figure, DataFrame
+def leak_forest(leak, methods: list[str] | None = None, labels: dict | None = None, title: str = '',
+                seed: int = 0) -> tuple:   # figure, DataFrame
     "Leak of every row, drawn references (filled) and its own (hollow), with 95 % intervals over clips."
     names = [m for m in methods or leak['method'].unique() if m in set(leak['method'])]
     table = leak_table(leak[leak['method'].isin(names)], seed)
@@ -274,20 +290,27 @@ def leak_forest(leak, methods: list[str] | None = None, labels: dict | None = No
             for y, name in enumerate(names):
                 if (name, 'all') not in part.index: continue
                 line = part.loc[(name, 'all')]
-                if np.isnan(line['leak']): ax.text(.005, y + step, 'the reference does not vary', fontsize=7, va='center', color=QUIET_INK); continue
+                if np.isnan(line['leak']) or line['high'] - line['low'] > .5:   # as good as constant
+                    told = '' if np.isnan(line['leak']) else f": {line['low']:.1f} to {line['high']:.1f}".replace('-', '−')
+                    ax.text(.01, y + step, f'own references vary too little{told}', fontsize=7, va='center', color=QUIET_INK)
+                    continue
                 ax.plot([line['low'], line['high']], [y + step]*2, ls='-', lw=1.4, color=look['color'])
                 ax.plot(line['leak'], y + step, ms=5.5, ls='none', **{k: v for k, v in look.items() if k != 'label'})
-                for n in [i for i in part.index if i[0] == name and i[1] != 'all']: ax.plot(part.loc[n, 'leak'], y + step, '|', ms=6, color=QUIET_INK)
+                for n in [i for i in part.index if i[0] == name and i[1] != 'all']:
+                    ax.plot(part.loc[n, 'leak'], y + step, '|', ms=6, color=QUIET_INK)
             ax.plot([], [], ls='none', ms=5.5, **look)
-        ax.axvline(0, color=RULE, lw=1, ls='-'); ax.set_yticks(range(len(names)), [row_label(n, labels) for n in names]); ax.set_ylim(len(names) - .5, -.5)
-        ax.set_xlabel("coefficient of the reference's opening"); ax.grid(axis='y', visible=False)
+        ax.axvline(0, color=RULE, lw=1, ls='-'); ax.set_yticks(range(len(names)), [row_label(n, labels) for n in names])
+        ax.set_ylim(len(names) - .5, -.5)
+        ax.set(xlabel="coefficient of the reference's opening", xlim=(min(-.05, ax.get_xlim()[0]), max(.5, ax.get_xlim()[1])))
+        ax.grid(axis='y', visible=False)
         fig.legend(*ax.get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=8)
         _small_print(fig, [f"Profile {leak['profile'].iloc[0]}. 0: the mouth of the reference does not matter, 1: it is pasted. Marks: trainings pooled, "
-                           f"{int(table['clips'].max())} clips, 95 % intervals over clips; ticks: single trainings."], title)
+                           f"{int(table['clips'].max())} clips, 95 % intervals over clips; ticks: single trainings. Left without a mark: rows whose own references "
+                           'do not differ enough for a coefficient (interval wider than 0.5).'], title)
     return fig, table
 
 # %% ../nbs/10_leaking.ipynb #9dcb8c2f
-CLOSED_FIELDS = ('profile', 'silencer', 'clip', 'identity', 'frame', 'silent', 'reference', 'generated')
+CLOSED_FIELDS = ('profile', 'silencer', 'seed', 'clip', 'identity', 'frame', 'silent', 'reference', 'generated')
 
 def close_faces(silencer: Silencer, faces: np.ndarray   # (T,3,H,H) uint8
                ) -> np.ndarray:                         # (T,3,H,H) uint8
@@ -298,11 +321,13 @@ def load_silencer(folder: str | Path, device: str = 'cpu') -> Silencer:
     "A trained generator that closes mouths."
     return Silencer(load_model(folder, build_generator, device))
 
-def closing(silencers: str | Path, names: list[str], device: str = 'cpu') -> dict:   # name -> faces -> closed faces
-    "What closes mouths, by the name of the silencer; those in the folder."
+def closing(silencers: str | Path, names: list[str], device: str = 'cpu') -> dict:   # name -> {number of the training: faces -> closed faces}
+    "What closes mouths, by the name of the silencer; those in the folder, all of their trainings."
     there = [name for name in names if (Path(silencers)/name/'meta.json').is_file()]
-    if not there: raise InputError(f"none of the silencers {', '.join(names)} is in {silencers}; train one (stage train_silencer)")
-    return {name: partial(close_faces, load_silencer(Path(silencers)/name, device)) for name in there}
+    if not there:
+        raise InputError(f"none of the silencers {', '.join(names)} is in {silencers}; train one (stage train_silencer)")
+    return {name: {n: partial(close_faces, load_silencer(path, device))
+                   for n, path in row_folders(Path(silencers)/name).items()} for name in there}
 
 def closed_rows(silencers: dict,      # name -> faces (T,3,H,H) uint8 -> closed faces
                 clips, opening: Callable, profile: str = ''):   # DataFrame of CLOSED_FIELDS
@@ -312,8 +337,10 @@ def closed_rows(silencers: dict,      # name -> faces (T,3,H,H) uint8 -> closed 
     for clip in progress(clips, 'closed mouths'):
         real, use = opening(clip.faces), np.asarray(clip.valid, bool); silent = np.zeros(len(real), bool)
         for part in silent_segments(clip.wav): silent[part] = True
-        rows += [pd.DataFrame(dict(profile=profile, silencer=name, clip=clip.name, identity=clip.identity, frame=np.arange(len(real)), silent=silent,
-                                   reference=real, generated=opening(close(clip.faces))))[use] for name, close in silencers.items()]
+        rows += [pd.DataFrame(dict(profile=profile, silencer=name, seed=number, clip=clip.name, identity=clip.identity,
+                                   frame=np.arange(len(real)), silent=silent,
+                                   reference=real, generated=opening(close(clip.faces))))[use] for name, every in silencers.items()
+                 for number, close in every.items()]
     return pd.concat(rows, ignore_index=True)[list(CLOSED_FIELDS)]
 
 # %% ../nbs/10_leaking.ipynb #a73568aa
@@ -330,20 +357,27 @@ def closed_numbers(rows, seed: int = 0, draws: int = 2000) -> dict:   # silencer
     "Is the mean output within the middle 90 % of closed truth, for every silencer, and what depends on the reference."
     found = {}
     for name, part in rows.groupby('silencer', sort=False):
-        truth = part[part['silent']]['reference'].to_numpy(float); out = part['generated'].to_numpy(float)
-        if not len(truth): raise InputError("no silent segment in these clips: nothing says what a closed mouth is; take more clips")
-        low, high = np.quantile(truth, [.05, .95]); groups = [(g['reference'].to_numpy(float), g['generated'].to_numpy(float)) for _, g in part.groupby('clip')]
+        truth = part[part['silent'] & (part['seed'] == part['seed'].min())]['reference'].to_numpy(float)
+        out = part['generated'].to_numpy(float)
+        if not len(truth):
+            raise InputError("no silent segment in these clips: nothing says what a closed mouth is; take more clips")
+        low, high = np.quantile(truth, [.05, .95]); trainings = part['seed'].nunique()
+        groups = [(g['reference'].to_numpy(float), g['generated'].to_numpy(float)) for _, g in part.groupby('clip')]
         picks = rng(seed, 'closed').integers(0, len(groups), (draws, len(groups)))
         sums = np.array([(len(y), y.sum()) for _, y in groups]); means = sums[picks].sum(1); means = means[:, 1]/means[:, 0]
         pieces = np.array([((x - x.mean()) @ (y - y.mean()), (x - x.mean()) @ (x - x.mean())) for x, y in groups])[picks].sum(1)
         wide = part['reference'] >= part['reference'].quantile(.9)
         at = _bins(part['reference']); level = float(np.mean([out[at == b].mean() for b in np.unique(at)]))
-        found[name] = dict(mean=float(out.mean()), mean_over_openings=level, inside_over_openings=bool(low <= level <= high), mean_interval=[float(v) for v in np.quantile(means, [.025, .975])],
-                           closed_low=float(low), closed_high=float(high), closed_mean=float(truth.mean()), inside=bool(low <= out.mean() <= high),
+        middle = lambda draws: [float(v) for v in np.quantile(draws, [.025, .975])]
+        found[name] = dict(mean=float(out.mean()), mean_interval=middle(means), inside=bool(low <= out.mean() <= high),
+                           mean_over_openings=level, inside_over_openings=bool(low <= level <= high),
+                           closed_low=float(low), closed_high=float(high), closed_mean=float(truth.mean()),
                            share_inside=float(((out >= low) & (out <= high)).mean()), share_below_high=float((out <= high).mean()),
                            mean_of_widest_tenth=float(out[wide].mean()), widest_tenth_from=float(part['reference'].quantile(.9)),
-                           slope=_slope(groups), slope_interval=[float(v) for v in np.quantile(pieces[:, 0]/pieces[:, 1], [.025, .975])],
-                           frames=int(len(out)), closed_frames=int(len(truth)), clips=len(groups), identities=int(part['identity'].nunique()))
+                           slope=_slope(groups), slope_interval=middle(pieces[:, 0]/pieces[:, 1]),
+                           by_training=[float(v) for v in part.groupby('seed')['generated'].mean()],
+                           frames=len(out)//trainings, closed_frames=len(truth), clips=len(groups),
+                           identities=int(part['identity'].nunique()))
     return found
 
 # %% ../nbs/10_leaking.ipynb #d8fad2bc
@@ -351,36 +385,51 @@ def _draw_closed(ax, part, numbers: dict, bins: int) -> None:
     "Means and middle 90 % of outputs, by the reference's opening, over the range of closed truth."
     x, y = part['reference'].to_numpy(float), part['generated'].to_numpy(float)
     ax.axhspan(numbers['closed_low'], numbers['closed_high'], color='#d9d9d9', lw=0, label='closed truth, middle 90 %')
-    ends = np.array([0, x.max()]); ax.plot(ends, ends, ls=(0, (1.2, 1.6)), lw=.9, color=QUIET_INK, label='mouth as in the reference')
+    ends = np.array([0, x.max()])
+    ax.plot(ends, ends, ls=(0, (1.2, 1.6)), lw=1.1, color=QUIET_INK, label='as open as the reference')
     at = _bins(x, bins); full = [b for b in range(bins) if (at == b).sum() >= 5]
     centre = [x[at == b].mean() for b in full]; low, mean, high = (np.array([f(y[at == b]) for b in full]) for f in (
         lambda v: np.quantile(v, .05), np.mean, lambda v: np.quantile(v, .95)))
     ax.vlines(centre, low, high, color=palette(1)[0], lw=1.6, ls='-', label='output, middle 90 %')
     ax.plot(centre, mean, 'o', ls='none', ms=5, color=INK, label='output, mean')
 
-def closed_figure(rows, labels: dict | None = None, title: str = '', bins: int = 10, seed: int = 0) -> tuple:   # figure, DataFrame of what is drawn
+def _closed_text(own: dict) -> str:
+    "The numbers that a panel shows."
+    said = lambda inside: 'inside' if inside else 'outside'
+    return (f"mean {own['mean']:.2f} px: {said(own['inside'])}\n"
+            f"all openings alike {own['mean_over_openings']:.2f} px: {said(own['inside_over_openings'])}\n"
+            f"closed: {own['closed_low']:.2f} to {own['closed_high']:.2f} px\n"
+            "slope {:.2f} [{:.2f}, {:.2f}]".format(own['slope'], *own['slope_interval'])).replace('-', '−')
+
+def closed_figure(rows, labels: dict | None = None, title: str = '', bins: int = 10,
+                  seed: int = 0) -> tuple:   # figure, DataFrame of what is drawn
     "What silencers make of mouths of all openings, beside the openings of closed truth."
-    numbers = closed_numbers(rows, seed); names = list(numbers); top = float(max(rows['reference'].max(), rows['generated'].max()))*1.04
+    numbers = closed_numbers(rows, seed); names = list(numbers); wide = float(rows['reference'].max())*1.04
+    closed = max(own['closed_high'] for own in numbers.values())
+    top = 1.9*max(float(rows['generated'].quantile(.997)), closed)      # room for the text
     with plotting() as plt:
-        fig, axes = plt.subplots(1, len(names) + 1, figsize=(3.1*len(names) + 1.5, 3.7), layout='constrained', sharey=True, squeeze=False,
+        fig, axes = plt.subplots(1, len(names) + 1, figsize=(3.1*len(names) + 1.5, 3.7), layout='constrained', sharey=True,
+                                 squeeze=False,
                                  width_ratios=[*[4]*len(names), 1.5]); plt.close(fig)
         for ax, name in zip(axes[0], names):
             own = numbers[name]; _draw_closed(ax, rows[rows['silencer'] == name], own, bins)
-            ax.set_title(row_label(name, labels), fontsize=9); ax.set(xlabel='opening of the reference (px)', xlim=(0, top), ylim=(0, top))
-            ax.text(.04, .96, f"mean {own['mean']:.2f} px: {'inside' if own['inside'] else 'outside'}\nall openings alike {own['mean_over_openings']:.2f} px: "
-                    f"{'inside' if own['inside_over_openings'] else 'outside'}\nclosed: {own['closed_low']:.2f} to {own['closed_high']:.2f} px\n"
-                    f"slope {own['slope']:.2f} [{own['slope_interval'][0]:.2f}, {own['slope_interval'][1]:.2f}]".replace('-', '−'), transform=ax.transAxes, va='top', fontsize=8,
+            ax.set_title(row_label(name, labels), fontsize=9)
+            ax.set(xlabel='opening of the reference (px)', xlim=(0, wide), ylim=(0, top))
+            ax.text(.04, .96, _closed_text(own), transform=ax.transAxes, va='top', fontsize=8,
                     bbox=dict(facecolor='white', alpha=.85, edgecolor='none', pad=1.5))
         first = rows[rows['silencer'] == names[0]]; grid = np.linspace(0, top, 45)
-        axes[0, -1].hist(first['reference'][first['silent']], grid, orientation='horizontal', density=True, color='#9a9a9a', label='closed truth')
+        axes[0, -1].hist(first['reference'][first['silent'] & (first['seed'] == first['seed'].min())], grid,
+                         orientation='horizontal', density=True, color='#9a9a9a', label='closed truth')
         for i, name in enumerate(names):
-            axes[0, -1].hist(rows['generated'][rows['silencer'] == name], grid, orientation='horizontal', density=True, histtype='step', lw=1.3,
+            axes[0, -1].hist(rows['generated'][rows['silencer'] == name], grid, orientation='horizontal', density=True,
+                             histtype='step', lw=1.3,
                              ls=['-', (0, (4, 1.5)), ':'][i % 3], color=palette(4)[i % 4], label=row_label(name, labels))
-        axes[0, -1].set_xlabel('density'); axes[0, -1].set_title('all frames', fontsize=9); axes[0, -1].legend(fontsize=7, loc='upper right')
+        axes[0, -1].set_xlabel('density'); axes[0, -1].set_title('all frames', fontsize=9)
+        axes[0, -1].legend(fontsize=7, loc='upper right')
         axes[0, 0].set_ylabel('opening of the output (px)')
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=7.5)
-        own = numbers[names[0]]
-        _small_print(fig, [f"Profile {rows['profile'].iloc[0]}. {own['frames']} references of {own['identities']} unseen identities, the silencer hears silence. Closed truth: {own['closed_frames']} "
+        own = numbers[names[0]]; told = f", {len(own['by_training'])} trainings of it" if len(own['by_training']) > 1 else ''
+        _small_print(fig, [f"Profile {rows['profile'].iloc[0]}. {own['frames']} references of {own['identities']} unseen identities, the silencer hears silence{told}. Closed truth: {own['closed_frames']} "
                            'frames of the same identities in silent segments, the same landmarker. px of a 96 px crop; slope within clips, 95 % interval over clips.'], title)
     return fig, _closed_bins(rows, bins)
 
@@ -392,9 +441,12 @@ def _closed_bins(rows, bins: int):
         at = _bins(part['reference'], bins)
         for b in range(bins):
             y = part['generated'][at == b]
-            if len(y): lines.append(dict(profile=profile, silencer=name, reference_from=edges[b], reference_to=edges[b + 1], frames=len(y), mean=y.mean(),
+            if len(y):
+                lines.append(dict(profile=profile, silencer=name, reference_from=edges[b], reference_to=edges[b + 1],
+                                  frames=len(y), mean=y.mean(),
                                          low=y.quantile(.05), high=y.quantile(.95)))
-        truth = part['reference'][part['silent']]
-        lines.append(dict(profile=profile, silencer='closed truth', reference_from=float('nan'), reference_to=float('nan'), frames=len(truth), mean=truth.mean(),
+        truth = part['reference'][part['silent'] & (part['seed'] == part['seed'].min())]
+        lines.append(dict(profile=profile, silencer='closed truth', reference_from=float('nan'), reference_to=float('nan'),
+                          frames=len(truth), mean=truth.mean(),
                           low=truth.quantile(.05), high=truth.quantile(.95)))
     return pd.DataFrame(lines).drop_duplicates().reset_index(drop=True)

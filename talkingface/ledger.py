@@ -6,7 +6,8 @@
 __all__ = ['VERDICTS', 'FEWEST_SEEDS', 'NO_LOSS', 'STEADINESS', 'EXPERT_VERDICTS', 'CLAIMS_A', 'CLAIMS_B', 'CLAIMS_C', 'LEDGER',
            'RULES', 'LEDGER_FIELDS', 'PUBLISHED_SETS', 'PAPERS', 'Found', 'decide', 'seed_interval', 'Evidence',
            'read_evidence', 'Compare', 'Leak', 'Spread', 'Steady', 'Expert', 'Bears', 'Open', 'Part', 'LedgerClaim',
-           'rows_of', 'verdict_of', 'ledger', 'is_part', 'ledger_counts', 'ledger_markdown', 'write_ledger']
+           'rows_of', 'verdict_of', 'ledger', 'is_part', 'ledger_counts', 'ledger_markdown', 'write_ledger',
+           'readme_ledger']
 
 # %% ../nbs/11_ledger.ipynb #77c4df87
 from dataclasses import dataclass
@@ -765,3 +766,17 @@ def write_ledger(table, stem: str | Path   # without suffix
     with atomic_path(paths[0]) as part: table.to_csv(part, index=False, lineterminator='\n', float_format='%.6g')
     with atomic_path(paths[1]) as part: part.write_text(ledger_markdown(table))
     return paths
+
+# %% ../nbs/11_ledger.ipynb #3d185afd
+def readme_ledger(root: str | Path, profile: str, paper: str = 'A') -> str:
+    "The verdicts on one paper in a profile, from its claims.csv; or a sentence that says it is not there."
+    import pandas as pd
+    path = Path(root)/'paper_figures'/profile/'claims.csv'
+    table = pd.read_csv(path, keep_default_na=False, dtype=str) if path.is_file() else pd.DataFrame(columns=list(LEDGER_FIELDS))
+    own = table[(table['paper'] == paper) & ~is_part(table)] if len(table) else table
+    if 'rule' not in table or not len(own): return f'No ledger of the profile `{profile}` yet: `make repro PROFILE={profile}` writes it.'
+    counts = ', '.join(f"{(own['verdict'] == v).sum()} {v.replace('_', ' ')}" for v in VERDICTS)
+    lines = [f"| {line.id} | {_cell(line.statement)} | {line.n}, {line.seeds} | {line.verdict.replace('_', ' ')} |"
+             for line in own.itertuples() if line.verdict != 'not_run']
+    return '\n'.join([f'Profile `{profile}`, paper {paper}: {counts}. With reasons: [claims.md](../paper_figures/{profile}/claims.md).', '',
+                      '| id | claim | clips, trainings | verdict |', '|---|---|---|---|', *lines])

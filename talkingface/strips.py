@@ -49,7 +49,8 @@ def strip_rows(folders: list,           # where re-voiced clips of rows and of o
     found = {}
     for name in names:
         folder = next((Path(f)/name for f in folders if (Path(f)/name/'meta.json').is_file()), None)
-        if folder is None: raise InputError(f"no faces of {name} in {' or '.join(map(str, folders))}; run the stage that writes them, or leave it out")
+        if folder is None:
+            raise InputError(f"no faces of {name} in {' or '.join(map(str, folders))}; run the stage that writes them, or leave it out")
         about = read_json(folder/'meta.json')
         if reason := about.get('not_run'): found[name] = StripRow({}, {}, reason); continue
         shown = {c.name: np.asarray(c.faces[int(about['shown'][c.name][0])]) for c in clips}
@@ -63,20 +64,21 @@ def _picture(fig, picture, x: float, y: float, size: float, inches: tuple, above
     if picture is None: return
     tall = size*picture.shape[1]/picture.shape[2]
     ax = fig.add_axes((x/inches[0], 1 - (y + tall)/inches[1], (size - .03)/inches[0], (tall - .03*tall/size)/inches[1]))
-    ax.imshow(np.moveaxis(np.asarray(picture), 0, -1), interpolation='none')
+    ax.imshow(np.moveaxis(np.asarray(picture), 0, -1), interpolation='antialiased', interpolation_stage='rgba')
     ax.set_axis_off()
     if above: ax.set_title(above, fontsize=7.5, weight='normal', loc='center', color=QUIET_INK, pad=3)
     if below: ax.text(.5, -.03, below, transform=ax.transAxes, ha='center', va='top', fontsize=7.5, color=QUIET_INK)
 
 def rows_figure(clips, rows: dict,         # name -> `StripRow`
-                labels: dict | None = None, columns: int = 5, title: str = '', size: float = .85,   # inches
+                labels: dict | None = None, columns: int = 5, title: str = '', size: float = .8,   # inches
                 above: float = 0.,         # share of the face that is cut off above: rows differ below only
                 fps: float = 25.) -> tuple:   # figure, DataFrame clip, column, frame, seconds
     "A block for each clip: the truth and every row at the same moments, what the generator was shown in the first column."
     import pandas as pd
     name_of = lambda n: (labels or {}).get(n, METHOD_LABELS.get(n, n.replace('_', ' ').capitalize()))
     drawn = {n: r for n, r in rows.items() if r.faces}
-    if not drawn: raise InputError(f"none of the rows {', '.join(rows)} has faces; {'; '.join(r.reason for r in rows.values())}")
+    if not drawn:
+        raise InputError(f"none of the rows {', '.join(rows)} has faces; {'; '.join(r.reason for r in rows.values())}")
     notes = [line for n, r in rows.items() if r.reason for line in textwrap.wrap(f'{name_of(n)} was not run: {r.reason}', 105)]
     cut = lambda f: None if f is None else np.asarray(f)[:, round(above*f.shape[1]):]
     left, gap, head = 1.25, .24, .06 + .26*bool(title); tall = size*(1 - above); wide = left + size*(columns + 1) + .12
@@ -89,12 +91,15 @@ def rows_figure(clips, rows: dict,         # name -> `StripRow`
             for i, (name, row) in enumerate([('ground_truth', StripRow({clip.name: clip.faces}, {})), *drawn.items()]):
                 _picture(fig, cut(row.references.get(clip.name)), left, y, size, inches, 'reference' if i == 1 else '')
                 for j, frame in enumerate(shown):
-                    _picture(fig, cut(row.faces[clip.name][frame]), left + .12 + size*(j + 1), y, size, inches, '' if i else f'{frame/fps:.2f} s')
-                fig.text((left - .06)/inches[0], 1 - (y + tall/2)/inches[1], '\n'.join(textwrap.wrap(name_of(name), 18)), ha='right', va='center', fontsize=8.5)
+                    _picture(fig, cut(row.faces[clip.name][frame]), left + .12 + size*(j + 1), y, size, inches,
+                             '' if i else f'{frame/fps:.2f} s')
+                fig.text((left - .06)/inches[0], 1 - (y + tall/2)/inches[1], '\n'.join(textwrap.wrap(name_of(name), 18)),
+                         ha='right', va='center', fontsize=8.5)
                 y += tall
             lines += [dict(clip=clip.name, column=j, frame=int(f), seconds=f/fps) for j, f in enumerate(shown)]
         if title: fig.text(.05/inches[0], 1 - .05/inches[1], title, ha='left', va='top', weight='bold', fontsize=10)
-        if notes: fig.text(.05/inches[0], .03/inches[1], '\n'.join(notes), ha='left', va='bottom', fontsize=7.5, color=QUIET_INK)
+        if notes:
+            fig.text(.05/inches[0], .03/inches[1], '\n'.join(notes), ha='left', va='bottom', fontsize=7.5, color=QUIET_INK)
     return fig, pd.DataFrame(lines)
 
 # %% ../nbs/10_strips.ipynb #ec9da397
@@ -115,14 +120,17 @@ def head_turn(landmarks) -> np.ndarray:   # (T,68,2) -> (T,) -1 to 1
 
 def _pairs(clip, distance: int = 5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Which (target, reference) are allowed (T,T), and openings and turns (T,)."
-    points = np.asarray(clip.landmarks, np.float64); seen = np.asarray(clip.valid, bool) & np.isfinite(points).all((1, 2)); at = np.arange(len(seen))
-    return seen[:, None] & seen[None] & (np.abs(at[:, None] - at) >= distance), np.where(seen, stored_aperture(points), np.nan), np.where(seen, head_turn(points), np.nan)
+    points = np.asarray(clip.landmarks, np.float64); seen = np.asarray(clip.valid, bool) & np.isfinite(points).all((1, 2))
+    at = np.arange(len(seen))
+    opened, turn = (np.where(seen, value, np.nan) for value in (stored_aperture(points), head_turn(points)))
+    return seen[:, None] & seen[None] & (np.abs(at[:, None] - at) >= distance), opened, turn
 
 def _scores(clip) -> dict[str, np.ndarray]:   # case -> (T,T), larger is harder, -inf where not allowed
     "How hard each pair of target and reference is, for every case."
     may, opened, turn = _pairs(clip); gap = opened[None] - opened[:, None]; points = np.asarray(clip.landmarks, np.float64)
     near = -np.linalg.norm(points[:, None] - points[None], axis=-1).mean(-1); wide = opened >= 3
-    rules = {'lip leaking': (gap, opened[:, None] <= 1), 'pose': (np.abs(turn[None] - turn[:, None]), np.abs(gap) <= 1), 'reference like the target': (near, wide[:, None])}
+    rules = {'lip leaking': (gap, opened[:, None] <= 1), 'pose': (np.abs(turn[None] - turn[:, None]), np.abs(gap) <= 1),
+             'reference like the target': (near, wide[:, None])}
     return {case: np.where(may & rule & np.isfinite(value), value, -np.inf) for case, (value, rule) in rules.items()}
 
 CASES = {'lip leaking': 'px wider open', 'pose': 'of half a face turned away', 'reference like the target': 'px apart'}
@@ -131,10 +139,12 @@ def hard_cases(clips) -> list[HardCase]:
     "The most extreme pair of frames for each case; a case that no clip allows is left out."
     scores, used, found = [_scores(clip) for clip in clips], set(), []
     for case, unit in CASES.items():
-        best = [float(s[case].max()) for s in scores]; free = [i for i, c in enumerate(clips) if c.identity not in used and np.isfinite(best[i])]
+        best = [float(s[case].max()) for s in scores]
+        free = [i for i, c in enumerate(clips) if c.identity not in used and np.isfinite(best[i])]
         free = free or [i for i in range(len(clips)) if np.isfinite(best[i])]
         if not free: continue
-        i = max(free, key=lambda i: best[i]); target, reference = np.unravel_index(scores[i][case].argmax(), scores[i][case].shape)
+        i = max(free, key=lambda i: best[i])
+        target, reference = np.unravel_index(scores[i][case].argmax(), scores[i][case].shape)
         used.add(clips[i].identity); found.append(HardCase(case, i, int(target), int(reference), abs(best[i]), unit))
     if not found: raise InputError(f"none of the {len(clips)} clips has two frames with a face that make a case")
     return found
@@ -144,20 +154,24 @@ def case_figure(clips, cases: list[HardCase],
                 voices: dict,              # label -> voice with draw(clip, mel, shown)
                 opening: Callable,         # faces (n,3,H,W) uint8 -> (n,) px
                 close: Callable | None = None,   # faces (n,3,H,W) uint8 -> the same with closed mouths; shown before the last voice
-                title: str = '', size: float = 1.05, notes: str = '') -> tuple:   # figure, DataFrame
+                title: str = '', size: float = .9, notes: str = '') -> tuple:   # figure, DataFrame
     "Reference, what each voice makes of it, and the truth, for every case."
     import pandas as pd
     head, left, step = .34 + .26*bool(title), 1.5, size + .26; lines, blocks = [], []
     for case in cases:
-        clip = clips[case.clip]; shown = np.full(clip.frames, case.reference); pictures = {'reference': clip.faces[case.reference]}
+        clip = clips[case.clip]; shown = np.full(clip.frames, case.reference)
+        pictures = {'reference': clip.faces[case.reference]}
         for i, (label, voice) in enumerate(voices.items()):
-            if close and i == len(voices) - 1: pictures['reference, closed'] = close(clip.faces[case.reference:case.reference + 1])[0]
+            if close and i == len(voices) - 1:
+                pictures['reference, closed'] = close(clip.faces[case.reference:case.reference + 1])[0]
             pictures[label] = voice.draw(clip, clip.mel, shown)[case.target]
         pictures['truth'] = clip.faces[case.target]
         opened = opening(np.stack([np.asarray(p) for p in pictures.values()])); blocks.append((case, pictures, opened))
-        lines += [dict(case=case.case, value=case.value, unit=case.unit, clip=clip.name, target=case.target, reference=case.reference, picture=n, opening=float(o))
+        lines += [dict(case=case.case, value=case.value, unit=case.unit, clip=clip.name, target=case.target,
+                       reference=case.reference, picture=n, opening=float(o))
                   for n, o in zip(pictures, opened)]
-    names = list(blocks[0][1]); printed = textwrap.wrap(notes, int(15*(left + size*len(names)))); inches = left + size*len(names), head + step*len(cases) + .14*len(printed) + .04
+    names = list(blocks[0][1]); printed = textwrap.wrap(notes, int(15*(left + size*len(names))))
+    inches = left + size*len(names), head + step*len(cases) + .14*len(printed) + .04
     with plotting() as plt:
         fig = plt.figure(figsize=inches); plt.close(fig)
         for i, (case, pictures, opened) in enumerate(blocks):
@@ -165,7 +179,9 @@ def case_figure(clips, cases: list[HardCase],
                 above = '\n'.join(textwrap.wrap(name, 18)) if i == 0 else ''
                 _picture(fig, picture, left + size*j, head + step*i, size, inches, above, f'{opened[j]:.1f} px')
             told = '\n'.join([*textwrap.wrap(case.case, 18), *textwrap.wrap(f'{case.value:.2f} {case.unit}', 18)])
-            fig.text((left - .08)/inches[0], 1 - (head + step*i + size/2)/inches[1], told, ha='right', va='center', fontsize=8.5)
+            fig.text((left - .08)/inches[0], 1 - (head + step*i + size/2)/inches[1], told, ha='right', va='center',
+                     fontsize=8.5)
         if title: fig.text(.05/inches[0], 1 - .05/inches[1], title, ha='left', va='top', weight='bold', fontsize=10)
-        if printed: fig.text(.05/inches[0], .03/inches[1], '\n'.join(printed), ha='left', va='bottom', fontsize=7.5, color=QUIET_INK)
+        if printed:
+            fig.text(.05/inches[0], .03/inches[1], '\n'.join(printed), ha='left', va='bottom', fontsize=7.5, color=QUIET_INK)
     return fig, pd.DataFrame(lines)

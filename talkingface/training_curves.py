@@ -24,10 +24,12 @@ def read_log(folder: str | Path,   # generators/ROW or one of its seed-1, seed-2
     path = Path(folder)/'log.csv'
     if not path.is_file(): raise InputError(f"no such file: {path}; train the row, or leave it out")
     log = pd.read_csv(path); terms = [t for t in SYNC_TERMS if t in log and (log.get(f'weight_{t}', 0) > 0).any()]
-    if not terms: raise InputError(f"{path} has no sync term with a weight; there are {', '.join(c for c in log if not c.startswith('weight_'))}")
+    if not terms:
+        raise InputError(f"{path} has no sync term with a weight; there are {', '.join(c for c in log if not c.startswith('weight_'))}")
     term = terms[0]; on = log[log[f'weight_{term}'] > 0]; on = on[on[f'weight_{term}'] == on[f'weight_{term}'].max()]
     gradient = on['grad_generator'] if 'grad_generator' in on else np.nan
-    return pd.DataFrame(dict(row=row or Path(folder).name, seed=seed, step=on['step'], term=term, sync=on[term], gradient=gradient, loss=on['loss'])).reset_index(drop=True)
+    return pd.DataFrame(dict(row=row or Path(folder).name, seed=seed, step=on['step'], term=term, sync=on[term],
+                             gradient=gradient, loss=on['loss'])).reset_index(drop=True)
 
 def read_logs(generators: str | Path, names: list[str]):   # DataFrame as `read_log` gives it
     "The logs of all trainings of rows; a row that was not run is left out."
@@ -36,7 +38,8 @@ def read_logs(generators: str | Path, names: list[str]):   # DataFrame as `read_
     for name in names:
         folder = Path(generators)/name
         if (folder/'not_run.json').is_file(): continue
-        for n, path in ({0: folder} | {int(p.name[5:]): p for p in sorted(folder.glob('seed-*')) if (p/'log.csv').is_file()}).items():
+        for n, path in ({0: folder} | {int(p.name[5:]): p for p in sorted(folder.glob('seed-*'))
+                                       if (p/'log.csv').is_file()}).items():
             parts.append(read_log(path, name, n))
     if not parts: raise InputError(f"none of the rows {', '.join(names)} was trained")
     return pd.concat(parts, ignore_index=True)
@@ -62,7 +65,8 @@ def stability_table(logs,            # of `read_logs`
         numbers = part[['sync', 'loss', *([] if part['gradient'].isna().all() else ['gradient'])]].to_numpy(float)
         good = part[np.isfinite(numbers).all(1)]; sync, grad = good['sync'].to_numpy(float), good['gradient'].to_numpy(float)
         rest, told = fluctuation(sync, width), np.isfinite(grad).any()
-        lines.append(dict(row=row, seed=seed, term=part['term'].iloc[0], first_step=int(part['step'].min()), last_step=int(part['step'].max()),
+        lines.append(dict(row=row, seed=seed, term=part['term'].iloc[0], first_step=int(part['step'].min()),
+                          last_step=int(part['step'].max()),
                           lines=len(part), not_finite=int((~np.isfinite(numbers)).sum()), sync_mean=sync.mean(), sync_last=float(np.mean(sync[-len(sync)//10:])),
                           sync_variance=rest.var(), sync_fluctuation=rest.std()/abs(sync.mean()), gradient_mean=grad.mean() if told else np.nan,
                           gradient_sd=grad.std() if told else np.nan, gradient_relative=grad.std()/grad.mean() if told else np.nan,
@@ -75,24 +79,31 @@ def _draw_column(ax, part, names: list, labels: dict, width: int) -> None:
     for i, name in enumerate(names):
         look = dict(color=palette(6)[i % 6], ls=[*DASHES, (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2))][i % 6])
         for seed, log in part[part['row'] == name].groupby('seed'):
-            x, sync, grad = log['step'], log['sync'].to_numpy(float), log['gradient'].to_numpy(float); first = seed == part[part['row'] == name]['seed'].min()
+            x, sync, grad = log['step'], log['sync'].to_numpy(float), log['gradient'].to_numpy(float)
+            first = seed == part[part['row'] == name]['seed'].min()
             for a, y in ((ax[0], sync), (ax[1], grad)):
                 if not np.isfinite(y).any(): continue
                 if first: a.plot(x, y, color=look['color'], ls='-', lw=.5, alpha=.3)
-                a.plot(x, running(y, width), lw=1.7 if first else .8, **look, label=labels.get(name, name.replace('_', ' ').capitalize()) if first and a is ax[0] else None)
+                a.plot(x, running(y, width), lw=1.7 if first else .8, **look,
+                       label=labels.get(name, name.replace('_', ' ').capitalize()) if first and a is ax[0] else None)
             spread = running(fluctuation(sync, width), width, np.std)/np.abs(running(sync, width))
             ax[2].plot(x, spread, lw=1.7 if first else .8, **look)
 
 def training_figure(logs, groups: dict,      # title of a column -> rows
-                    labels: dict | None = None, width: int = 21, title: str = '') -> tuple:   # figure, DataFrame of `stability_table`
+                    labels: dict | None = None, width: int = 21, title: str = '') -> tuple:   # figure, DataFrame of what is drawn
     "Sync term, norm of the gradient and fluctuation along training, a column for each group of rows."
-    groups = {t: [n for n in names if n in set(logs['row'])] for t, names in groups.items()}; groups = {t: names for t, names in groups.items() if names}
-    if not groups: raise InputError(f"none of the rows of the figure is in the logs; there are {', '.join(logs['row'].unique())}")
+    groups = {t: [n for n in names if n in set(logs['row'])] for t, names in groups.items()}
+    groups = {t: names for t, names in groups.items() if names}
+    if not groups:
+        raise InputError(f"none of the rows of the figure is in the logs; there are {', '.join(logs['row'].unique())}")
     table = stability_table(logs, width)
     with plotting() as plt:
-        fig, axes = plt.subplots(3, len(groups), figsize=(3.6*len(groups) + 1.4, 5.6), layout='constrained', sharex='col', sharey='row', squeeze=False); plt.close(fig)
+        fig, axes = plt.subplots(3, len(groups), figsize=(3.6*len(groups) + 1.4, 5.6), layout='constrained', sharex='col',
+                                 sharey='row', squeeze=False)
+        plt.close(fig)
         for ax, (name, names) in zip(axes.T, groups.items()):
-            _draw_column(ax, logs, names, labels or {}, width); ax[0].set_title(name, fontsize=9); ax[0].legend(fontsize=7.5, loc='upper right', handlelength=2.6)
+            _draw_column(ax, logs, names, labels or {}, width); ax[0].set_title(name, fontsize=9)
+            ax[0].legend(fontsize=7.5, loc='upper right', handlelength=2.6)
             ax[0].set_yscale('log'); ax[1].set_yscale('log'); ax[2].set_xlabel('step'); ax[2].set_ylim(bottom=0)
         for ax, text in zip(axes[:, 0], ('sync term', 'norm of the gradient', 'fluctuation / level')): ax.set_ylabel(text)
         lines = table[table['row'].isin({n for names in groups.values() for n in names})]
@@ -101,5 +112,6 @@ def training_figure(logs, groups: dict,      # title of a column -> rows
         notes = [f"Means of {step} steps, from the step on at which the sync term has its weight; thick: running median of {width} values, thinner: further trainings. "
                  f"{int(lines['not_finite'].sum())} of {int(lines['lines'].sum())} logged means are not finite. Fluctuation: standard deviation about the running median."]
         if title: fig.suptitle(title, x=.01, ha='left', weight='bold', fontsize=11)
-        fig.supxlabel('\n'.join(textwrap.wrap(notes[0], int(15.5*fig.get_figwidth()))), x=.01, ha='left', fontsize=7.5, color=QUIET_INK)
-    return fig, table
+        fig.supxlabel('\n'.join(textwrap.wrap(notes[0], int(15.5*fig.get_figwidth()))), x=.01, ha='left', fontsize=7.5,
+                      color=QUIET_INK)
+    return fig, logs[logs['row'].isin(set(lines['row']))].reset_index(drop=True)

@@ -92,7 +92,7 @@ def test_a_path_that_cannot_be_written(capsys, folder):
 
 
 def test_a_stage_needs_its_profile(capsys):
-    assert 'profile' in told(capsys, 'stage', 'nbs/papers/common/generate.ipynb', '--name', 'x', '--set', 'seed=0')
+    assert 'profile' in told(capsys, 'stage', 'nbs/papers/common/generate_others.ipynb', '--name', 'x', '--set', 'seed=0')
 
 
 def test_unknown_devices_are_wrong_usage(capsys):

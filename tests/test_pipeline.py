@@ -38,14 +38,17 @@ def checkout(root, tmp_path_factory) -> Path:
     return copy
 
 
-FIGURES = ('strip_setup_a', 'stabilized_sync/fig_01', 'stabilized_sync/fig_shift', 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
+PAPER_A = tuple(f'stabilized_sync/{f}' for f in ('fig_01', 'fig_01c', 'fig_shift', 'fig_leak', 'fig_leak_rows', 'fig_closed', 'fig_training', 'fig_exploitation',
+                                                  'fig_strips', 'fig_strips_ablation', 'table_expert_variance_ratio'))
+TABLES_A = tuple(f'stabilized_sync/table_{t}' for t in ('main', 'ablation', 'sync_losses', 'silent_faces', 'post_processing', 'expert_variance'))
+FIGURES = (*PAPER_A, 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
            'robustness_cosine', 'robustness_summary', 'experts_offsets', 'experts_visemes', 'experts_losses', 'av_expert/fig_05_metrics',
            'behaviour', 'behaviour_answers')
 
 
 def test_claims_are_judged_for_every_expert(checkout):
     "At this size nothing is reproduced or not; but each claim has its numbers, and each expert its rows."
-    claims = pd.read_csv(checkout/'paper_figures'/'smoke'/'claims.csv')
+    claims = pd.read_csv(checkout/'paper_figures'/'smoke'/'claims_experts.csv')
     assert {'avsyncnet', 'avhubert', 'avhubert_contrast'} <= set(claims['first'])
     assert claims.groupby('claim')['measured'].count().min() > 0        # relative measures of networks that know nothing may have no value
     for name in ('syncnet', 'avsyncnet', 'avhubert', 'avhubert_contrast'):
@@ -55,12 +58,12 @@ def test_claims_are_judged_for_every_expert(checkout):
 
 def test_tables_and_figures_are_there_with_their_numbers(checkout):
     made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
-    expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more') for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
-    tables = {f'experts.{s}' for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {'claims.csv', 'claims.md', 'claims_aims.csv', 'av_expert/fig_01_stats.csv', 'baselines_order.csv'}
+    expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more', 'experts', *TABLES_A) for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
+    tables = {f'{t}_pairs.csv' for t in TABLES_A} | {'claims.csv', 'claims.md', 'claims_experts.csv', 'claims_experts.md', 'claims_experts_aims.csv', 'av_expert/fig_01_stats.csv', 'baselines_order.csv'}
     assert expected | tables | {'provenance.json'} <= made
     table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
-    assert set(table['method']) == {'ground_truth', 'reencoded', 'reencoded_35', 'reencoded_45', 'setup_a', 'random_frame', 'static_frame',
-                                    'shuffled_audio'}
+    floors = {'ground_truth', 'reencoded', 'reencoded_35', 'reencoded_45', 'random_frame', 'static_frame', 'shuffled_audio'}
+    assert floors | {'setup_a', 'final'} <= set(table['method'])
     assert set(table['set']) == {'test', 'words', 'hd'}
 
 
@@ -89,7 +92,7 @@ def test_provenance_says_what_made_it(checkout):
 
 def test_executed_notebooks_are_kept_without_stamps(checkout):
     kept = sorted((checkout/'runs'/'smoke'/'notebooks').glob('*.ipynb'))
-    assert len(kept) == 30
+    assert len(kept) == 90
     for path in kept: assert 'papermill' not in nbformat.read(path, 4).metadata
 
 
@@ -120,18 +123,41 @@ def test_experiments_change_a_parameter_and_compare(checkout):
     for command in (['config', 'user.name', 'test'], ['config', 'user.email', 'test@example.invalid'], ['add', '-A'], ['commit', '-qm', 'smoke']):
         subprocess.run(['git', '-C', str(checkout), *command], check=True, capture_output=True)
     done = run(checkout, 'dvc', 'exp', 'run', '-S', 'profiles.smoke.figures.strips=1')
-    assert 'fig_strip@smoke-setup_a' in done.stdout + done.stderr and "Stage 'train_generator@smoke-setup_a' didn't change" in done.stdout
+    assert 'stabilized_sync_fig_strips@smoke' in done.stdout + done.stderr and "Stage 'train_generator@smoke-setup_a' didn't change" in done.stdout
     changed = json.loads(run(checkout, 'dvc', 'params', 'diff', '--json').stdout)
     difference = changed['params.yaml']['profiles.smoke.figures.strips']
     assert (difference['old'], difference['new']) == (2, 1)
     run(checkout, 'dvc', 'metrics', 'diff'); run(checkout, 'dvc', 'plots', 'show', '--json')
 
 
+def test_one_loss_weight_reruns_its_row_and_what_reads_it(checkout):
+    "dvc status after a change of one weight: that row's training, and nothing of any other row."
+    path = checkout/'params.yaml'; text = path.read_text()
+    try:
+        path.write_text(text.replace("losses: {<<: *stable, triplet: 0.5}", "losses: {<<: *stable, triplet: 0.25}", 1))
+        assert path.read_text() != text
+        stale = {line.rstrip(':') for line in run(checkout, 'dvc', 'status').stdout.splitlines() if line and not line[0].isspace()}
+        assert 'train_generator@smoke-setup_f' in stale and not {n for n in stale if n.startswith(('train_', 'warm_up', 'evaluate@'))} - {'train_generator@smoke-setup_f'}
+    finally: path.write_text(text)
+
+
+def test_a_row_without_its_weights_says_so(checkout):
+    "Setup C needs Wav2Vec2: every metric of it is a row with that reason, and the table prints it."
+    rows = pd.read_csv(checkout/'runs'/'smoke'/'rows'/'setup_c.csv')
+    assert rows['value'].isna().all() and rows['reason'].str.contains('2vec2|transformers').all()
+    assert 'ec2' in (checkout/'paper_figures'/'smoke'/'stabilized_sync'/'table_ablation.md').read_text()
+
+
+def test_the_ledger_has_the_four_verdicts_only(checkout):
+    claims = pd.read_csv(checkout/'paper_figures'/'smoke'/'claims.csv')
+    assert set(claims['verdict']) <= {'reproduced', 'not_reproduced', 'inconclusive', 'not_run'} and claims['id'].is_unique and set(claims['paper']) == {'A', 'B', 'C'}
+
+
 def test_a_second_row_is_a_block(checkout):
     "A row that is added to params.yaml gets its stages, and the table waits for its scores."
     path = checkout/'params.yaml'; text = path.read_text()
     try:
-        path.write_text(text.replace('\nrows:\n', '\nrows:\n  no_sync: {about: no sync loss, expert: null, reference: fixed, losses: {pixel: 10.0}}\n', 1))
+        path.write_text(text.replace('\nrows:\n', '\nrows:\n  no_sync: {about: no sync loss, start: joint, reference: fixed, losses: {pixel: 10.0}}\n', 1))
         shown = run(checkout, 'dvc', 'dag', '--dot').stdout
         assert '"evaluate@smoke-no_sync" -> "table_baselines@smoke"' in shown.replace("'", '"')
     finally: path.write_text(text)
@@ -146,10 +172,10 @@ def test_the_command_line_scores_and_dubs(checkout, tmp_path):
     "With the networks of the smoke run: rows of a set, and a video of a corpus clip with another's speech."
     runs = checkout/'runs'/'smoke'
     run(checkout, 'talkingface', 'evaluate', '--store', runs/'store', '--sets', 'words', '--judge', runs/'experts'/'judge', '--landmarker', runs/'landmarker',
-        '--generated', runs/'generated'/'setup_a', '--out', tmp_path/'rows.csv', '--profile', 'smoke')
-    assert set(pd.read_csv(tmp_path/'rows.csv')['method']) == {'setup_a'}
+        '--generated', runs/'generated'/'final', '--out', tmp_path/'rows.csv', '--profile', 'smoke')
+    assert set(pd.read_csv(tmp_path/'rows.csv')['method']) == {'final'}
     words = checkout/'data'/'corpus'/'words'
-    done = run(checkout, 'talkingface', 'generate', '--video', words/'words_0000_0.mp4', '--audio', words/'words_0001_0.flac', '--generator', runs/'generators'/'setup_a',
+    done = run(checkout, 'talkingface', 'generate', '--video', words/'words_0000_0.mp4', '--audio', words/'words_0001_0.flac', '--generator', runs/'generators'/'final',
                '--out', tmp_path/'out.mp4')
     from talkingface.data.video import probe
     assert probe(tmp_path/'out.mp4').frames == 29 and 'frames' in done.stdout
@@ -193,7 +219,7 @@ def test_a_damaged_corpus_stops_the_pipeline(checkout):
 
 
 def test_unknown_parameters_are_refused(root):
-    with pytest.raises(ParamsError, match="did you mean 'store'"): check_parameters(root/'nbs'/'papers'/'common'/'generate.ipynb', {'stor': 'x'})
+    with pytest.raises(ParamsError, match="did you mean 'store'"): check_parameters(root/'nbs'/'papers'/'common'/'generate_others.ipynb', {'stor': 'x'})
     with pytest.raises(ParamsError, match='no parameters found'): check_parameters(root/'nbs'/'00_core.ipynb', {'x': 1})
 
 

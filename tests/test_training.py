@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -25,7 +26,8 @@ from talkingface.generators.base import build_generator
 from talkingface.data.clips import SyncBatches
 from talkingface.training.experts import (Augmentation, ExpertParams, SyncObjective, bce_step, infonce, infonce_step, parted,
                                           phase_schedule, phase_warnings, prepared, train_expert)
-from talkingface.training.generators import GeneratorParams, GeneratorTraining, Row, train_generator
+from talkingface.generators.references import Silencer
+from talkingface.training.generators import GeneratorBatches, GeneratorParams, GeneratorTraining, Row, train_generator
 from talkingface.training.loop import (Callback, EarlyStop, PlateauWarning, Validate, checkpoints, finish_run, fit, make_fabric,
                                        warmup_cosine)
 from talkingface.weights import load_model, load_published, load_weights, save_model
@@ -464,3 +466,31 @@ def test_two_processes(tmp_path):
     [folder] = checkpoints(tmp_path/'broken')
     assert json.loads((folder/'meta.json').read_text())['processes'] == 2
     with pytest.raises(CheckpointError, match='written by 2 processes, this run has 1'): train(tmp_path/'broken')
+
+
+def test_rows_see_the_same_windows(toys):
+    "What is compared must have been shown the same frames and sounds; only the reference may differ, and a closed one is the same frame."
+    make = lambda **how: GeneratorBatches(toys.split('train'), Row({'name': 'light'}, {'pixel': 1.}, **how), GeneratorParams(batch=2, seed=3))
+    one, other = make(), make(reference='closed')
+    for step in (0, 5):
+        a, b = one[step], other[step]
+        for field in ('faces', 'mel', 'mel_window', 'clip', 'start'): assert torch.equal(a[field], b[field])
+    assert torch.equal(one[4]['reference'], make(silence='silent')[4]['reference'])
+
+
+def test_the_start_and_the_silencer_stay_as_they_are(tmp_path, toys):
+    start = build_generator({'name': 'light', 'width': 8}); silencer = Silencer(build_generator({'name': 'light', 'width': 8}))
+    before = [{k: v.clone() for k, v in net.state_dict().items()} for net in (start, silencer.generator)]
+    row = Row({'name': 'light', 'width': 8}, {'pixel': 1., 'adaptive_triplet': .5}, silence='silent')
+    train_generator(toys, row, GeneratorParams(steps=3, batch=2, validate_clips=1), tmp_path/'run', start=start, silencer=silencer)
+    for net, kept in zip((start, silencer.generator), before): assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
+    log = pd.read_csv(tmp_path/'run'/'log.csv')
+    assert np.isfinite(log.to_numpy()).all() and (log['grad_generator'] > 0).all()
+
+
+def test_a_frozen_audio_encoder_is_that_of_its_expert(tmp_path, toys):
+    expert = build_expert({'name': 'syncnet', 'width': .125}).eval()
+    row = Row({'name': 'light', 'width': 8, 'audio': expert.config}, {'pixel': 1.})
+    train_generator(toys, row, GeneratorParams(steps=2, batch=2, validate_clips=1), tmp_path/'run', audio=expert)
+    made = load_model(tmp_path/'run', build_generator); mel = torch.randn(3, 1, 80, 16)
+    with torch.no_grad(): assert torch.allclose(made.audio_encoder(mel), expert.encode_mel(mel), atol=1e-6)

@@ -198,6 +198,7 @@ def _lips(name: str, what: str, megabytes: int) -> KnownFile:
 
 _TORCHVISION = 'BSD-3 (torchvision); ImageNet for non-commercial research'
 _OWN_TERMS = 'BSD-3 (face-alignment); its data under own terms'
+_FFHQ = 'Apache-2.0 (Tencent); trained on FFHQ, whose data are for non-commercial use'
 KNOWN_FILES = (
     KnownFile('lipsync_expert.pth', 'syncnet', 'SyncNet of Wav2Lip', _WAV2LIP, 66, _WAV2LIP_SOURCE),
     KnownFile('syncnet_v2.model', 'syncnet_v2', 'scorer of LSE-C and LSE-D', 'MIT', 55, _SYNCNET_SOURCE),
@@ -219,6 +220,11 @@ KNOWN_FILES = (
     KnownFile('vgg16-397923af.pth', 'metrics', 'trunk of LPIPS (vgg)', _TORCHVISION, 553, 'download.pytorch.org/models'),
     KnownFile('vgg19-dcbb9e9d.pth', 'metrics', 'features of IFC and of the perceptual loss', _TORCHVISION, 575,
               'download.pytorch.org/models'),
+    KnownFile('wav2lip_gan.pth', 'generators', 'generator of Wav2Lip: row wav2lip_published', _WAV2LIP, 436, _WAV2LIP_SOURCE),
+    KnownFile('VQFR_v1-33a1fac5.pth', 'restorers', 'VQFR v1', _FFHQ, 306, 'releases of github.com/TencentARC/VQFR'),
+    KnownFile('VQFR_v2.pth', 'restorers', 'VQFR v2', _FFHQ, 334, 'releases of github.com/TencentARC/VQFR'),
+    KnownFile('GFPGANv1.4.pth', 'restorers', 'GFPGAN, with the extra restore', _FFHQ, 349,
+              'releases of github.com/TencentARC/GFPGAN'),
     KnownFile('20words_mean_face.npy', 'faces', 'mean face that AV-HuBERT was trained with; ours stands in for it',
               'that of its repository: read it there', 0, _MEAN_FACE))
 

@@ -58,7 +58,7 @@ def frame_speech(features: np.ndarray,   # (N, C), 50 per second
 
 # %% ../../nbs/05_generators/04_speech.ipynb #b73df9ea
 SPEECH_FOLDER, SPEECH_FILES = 'wav2vec2-base-960h', ('config.json', 'model.safetensors')
-_WEIGHT_NORM = (('weight_g', 'parametrizations.weight.original0'), ('weight_v', 'parametrizations.weight.original1'))  # old, new
+_WEIGHT_NORM = (('weight_g', 'parametrizations.weight.original0'), ('weight_v', 'parametrizations.weight.original1'))
 
 def _build_wav2vec2(folder: Path) -> nn.Module:
     "The network of a folder with its weights, strictly; the letters that it was fine-tuned to write are left out."

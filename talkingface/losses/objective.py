@@ -27,6 +27,7 @@ def build_loss(name: str,   # a key of `LOSSES`
     known = inspect.signature(LOSSES[name]).parameters
     for key in options:
         if key not in known: raise unknown_key(key, known, f'loss {name}')
-    lacking = [key for key, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and key not in options]
+    needed = [key for key, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    lacking = [key for key in needed if key not in options]
     if lacking: raise ParamsError(f"loss {name}: expected {', '.join(lacking)}; pass {lacking[0]}=..., or set its weight to 0")
     return LOSSES[name](**options)

@@ -100,7 +100,8 @@ class PerceptualLoss(FeatureLoss):
 
     def __call__(self, output: Tensor, batch) -> Tensor:
         if output.shape != batch.target.shape:
-            raise InputError(f"expected generated frames like the target {tuple(batch.target.shape)}, got {tuple(output.shape)}")
+            raise InputError(f"expected generated frames like the target {tuple(batch.target.shape)}, "
+                             f"got {tuple(output.shape)}")
         with torch.no_grad(): wanted = self.maps(batch.target)
         apart = [F.l1_loss(a.to(torch.promote_types(a.dtype, torch.float32)), b.to(torch.promote_types(b.dtype, torch.float32)))
                  for a, b in zip(self.maps(output), wanted)]

@@ -19,7 +19,7 @@ class TripletLoss(FeatureLoss):
     "[D(output, target) - D(output, reference) + margin]+ with a fixed margin, a mean over windows."
     name, needs = 'triplet', ('target', 'reference')
 
-    def __init__(self, features: nn.Module | None = None,    # network with `stages`, is frozen; None: D is the mean L1 of pixels
+    def __init__(self, features: nn.Module | None = None,    # network with `stages`, is frozen; None: D is the L1 of pixels
                  margin: float = .2,                         # features: D is at most sqrt 2; pixels: at most 1
                  reference: str = 'raw',                     # which identity reference: as drawn, or 'silent'
                  stages: tuple[int, ...] = (2, 3)):          # which maps of `features`, from 0
@@ -35,7 +35,7 @@ class TripletLoss(FeatureLoss):
         if self.features is None: return [faces.to(torch.promote_types(faces.dtype, torch.float32)).flatten(2)]
         maps = self.maps(faces)
         if max(self.stages) >= len(maps):
-            raise ParamsError(f"{self.name}.stages: expected numbers below {len(maps)}, {self.protocol} has {len(maps)} stages; "
+            raise ParamsError(f"{self.name}.stages: {self.protocol} has {len(maps)} stages, expected numbers below {len(maps)}, "
                               f"got {self.stages}")
         maps = [maps[k].to(torch.promote_types(maps[k].dtype, torch.float32)) for k in self.stages]
         return [F.normalize(m.flatten(1), dim=1).unflatten(0, faces.shape[:2]) for m in maps]
@@ -60,7 +60,7 @@ class TripletLoss(FeatureLoss):
 
 # %% ../../nbs/04_losses/04_triplet.ipynb #1cac6bc6
 class AdaptiveTripletLoss(TripletLoss):
-    "[D(output, target) - D(output, reference) + strength D(target, reference)]+, our reading of the paper's adaptive triplet loss."
+    "[D(output, target) - D(output, reference) + strength D(target, reference)]+, our reading of the paper's loss."
     name = 'adaptive_triplet'
 
     def __init__(self, features: nn.Module | None = None,    # as for `TripletLoss`

@@ -123,7 +123,8 @@ class VGGStage(VGG19Features):
     def forward(self, frames) -> torch.Tensor:
         frames, span = as_frames(frames)
         unit = lambda x: x.to(self.mean.device).float() / span
-        return torch.cat([self.stages(unit(frames[i:i + self.batch]))[-1].flatten(1).cpu() for i in range(0, len(frames), self.batch)])
+        starts = range(0, len(frames), self.batch)
+        return torch.cat([self.stages(unit(frames[i:i + self.batch]))[-1].flatten(1).cpu() for i in starts])
 
 def load_vgg19(checkpoint: str | Path | None = None,   # None: the file in the weights folder
                device: str = 'cpu'

@@ -123,14 +123,15 @@ class GeneratorTraining:
         self.fabric, self.row, self.params, self.generator = fabric, row, params, generator
         self.silencer = silencer if silencer is None else silencer.to(fabric.device)
         self.terms = {name: term.to(fabric.device) for name, term in build_terms(row, expert, features).items()}
+        for term in self.terms.values():
+            for net in term.modules.values(): net.to(memory_format=torch.channels_last)
         self.weights = {name: float(row.losses[name]) for name in self.terms}
         learning = lambda net: [p for p in net.parameters() if p.requires_grad]
         adam = lambda net, lr: fabric.setup_optimizers(torch.optim.Adam(learning(net), lr, (.5, .999)))
         net = fabric.setup_module(generator)
         self.modules, self.optimizers = {'generator': net}, {'generator': adam(net, params.lr)}
         if 'adversarial' in self.terms:
-            judge = DiscriminatorStep(self.terms['adversarial']).to(memory_format=torch.channels_last)
-            self.modules['discriminator'] = fabric.setup_module(judge)
+            self.modules['discriminator'] = fabric.setup_module(DiscriminatorStep(self.terms['adversarial']))
             self.optimizers['discriminator'] = adam(self.modules['discriminator'], params.discriminator_lr)
         if params.ema: self.modules['ema'] = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(params.ema))
 
