@@ -192,7 +192,7 @@ def run_stage(notebook: str | Path,   # relative to the checkout
     kept = root/'runs'/parameters['profile']; done = kept/'notebooks'/f'{name}.ipynb'; done.parent.mkdir(parents=True, exist_ok=True)
     os.environ['OMP_NUM_THREADS'] = '1'             # training sets more where its parameters say so; results must not depend on the machine
     os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
-    for name, value in KEPT_MEMORY.items(): os.environ.setdefault(name, value)
+    os.environ.update({key: os.environ.get(key, value) for key, value in KEPT_MEMORY.items()})
     start, log = time.time(), kept/'log'/f'{name}.json'; log.unlink(missing_ok=True)
     try:
         papermill.execute_notebook(str(source), str(done), parameters=parameters, kernel_name='python3', cwd=str(root),
