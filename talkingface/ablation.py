@@ -23,7 +23,7 @@ from .metrics.base import metric_info
 # %% ../nbs/11_ablation.ipynb #03fc7e76
 def read_methods(folder: str | Path,             # of rows, e.g. runs/demo/rows
                  methods,                        # names, in the order of the lines
-                 shared=('baselines.csv',)       # files with several methods
+                 shared=('baselines.csv', 'others.csv')       # files with several methods
                 ):                               # DataFrame, methods in order
     "Rows of the methods that a profile has, from one file each and from shared ones."
     folder = Path(folder); methods = list(dict.fromkeys(methods))

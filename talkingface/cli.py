@@ -93,10 +93,16 @@ def _train(args) -> int:
     else:
         from talkingface.experts.checkpoints import build_expert
         from talkingface.weights import load_model
-        row = typed(generators.Row, _yaml(args.row))
-        expert = load_model(args.expert, build_expert, args.device) if args.expert else None
-        print(generators.train_generator(store, row, typed(generators.GeneratorParams, values), args.out, expert,
-                                         on_change=change))
+        from talkingface.experts.features import load_features
+        from talkingface.generators.base import build_generator
+        from talkingface.generators.references import Silencer
+        row, at = typed(generators.Row, _yaml(args.row)), args.device
+        load = lambda folder, build: load_model(folder, build, at) if folder else None
+        parts = dict(start=load(args.start, build_generator), audio=load(args.audio, build_expert),
+                     features=load_features(args.features, at) if args.features else None,
+                     silencer=Silencer(load(args.silencer, build_generator)) if args.silencer else None)
+        print(generators.train_generator(store, row, typed(generators.GeneratorParams, values), args.out, load(args.expert, build_expert),
+                                         on_change=change, **parts))
     return 0
 
 def _generate(args) -> int:
@@ -310,7 +316,11 @@ def _model_commands(add) -> None:
     p.add_argument('--store', required=True); p.add_argument('--out', required=True)
     p.add_argument('--params', help="settings, e.g. '{steps: 900, lr: 1.0e-3}'"); _common(p, 'device')
     p.add_argument('--row', help="generator: e.g. '{generator: {name: light}, losses: {pixel: 1.0}}'")
-    p.add_argument('--expert', help='generator: folder of the expert')
+    p.add_argument('--expert', help='generator: folder of the expert of the sync losses')
+    p.add_argument('--start', help='generator: folder of the generator that it goes on from')
+    p.add_argument('--audio', help='generator: folder of the expert whose audio encoder it gets (its config is generator.audio of the row)')
+    p.add_argument('--features', help='generator: folder of the feature network of perceptual and triplet losses')
+    p.add_argument('--silencer', help='generator: folder of the generator that closes the mouth of references')
     p.add_argument('--restart', action='store_true', help='remove a run of other settings in the folder')
     p = add('generate', _generate, 'dub a video: a face and a speech become a video of the same length')
     for name in ('video', 'audio', 'generator', 'out'): p.add_argument(f'--{name}', required=True)

@@ -28,7 +28,7 @@ from .generators.base import Generator, build_generator, draw_clip
 from .generators.references import LowestSimilarity, Silencer, reference_track, shown_faces
 from .generators.restore import load_restorer
 from .generators.wav2lip import load_wav2lip
-from .training.generators import not_run
+from .training.generators import not_run, reason_of
 from .weights import load_model
 
 # %% ../nbs/07_dubbing.ipynb #d0c2ced0
@@ -229,7 +229,7 @@ def revoice_published(method: str, file: str,  # in the weights folder
                       clips, out: str | Path, device: str = 'cpu', seed: int = 0) -> str:   # why nothing was drawn, or ''
     "Re-voice clips by the published generator of Wav2Lip."
     try: net = load_wav2lip(weights_file(file, 'the repository of Wav2Lip'), device)
-    except MissingWeights as error: return _left_out(Path(out), method, str(error))
+    except MissingWeights as error: return _left_out(Path(out), method, reason_of(error))
     _revoice(Voice(net), method, clips, Path(out), seed, dict(generator=net.meta['sha256'], network=net.config, trained=net.meta))
     return ''
 
@@ -240,7 +240,7 @@ def restore_row(method: str, restorer: str,   # of `RESTORERS`
     out, source = Path(out), Path(source)
     reason = read_json(source/'meta.json').get('not_run', '')
     try: net = None if reason else load_restorer(restorer, device)
-    except (MissingWeights, MissingExtra) as error: reason = str(error)
+    except (MissingWeights, MissingExtra) as error: reason = reason_of(error)
     if reason: return _left_out(out, method, reason)
     for folder in [source, *sorted(source.glob('seed-*'))]:
         into, about = out/folder.relative_to(source), read_json(folder/'meta.json')

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PLACES', 'Row', 'GeneratorParams', 'build_terms', 'landmark_opening', 'generator_quality', 'DiscriminatorStep',
            'GeneratorTraining', 'GeneratorBatches', 'heard', 'expert_identity', 'train_generator', 'copy_of', 'Folders',
-           'SpeechCache', 'of_seed', 'perceptual_features', 'not_run', 'row_parts', 'row_settings', 'train_row']
+           'SpeechCache', 'of_seed', 'perceptual_features', 'not_run', 'reason_of', 'row_parts', 'row_settings',
+           'train_row']
 
 # %% ../../nbs/06_training/02_generators.ipynb #5a62806c
 import dataclasses
@@ -13,7 +14,8 @@ import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import InputError, MissingExtra, MissingWeights, ParamsError, derive_seed, read_json, typed, unknown_key, write_json
+from ..core import (InputError, MissingExtra, MissingWeights, ParamsError, derive_seed, read_json, typed, unknown_key,
+                              weights_folder, write_json)
 from ..data.clips import ReferenceBatches, frame_mels
 from ..experts.checkpoints import build_expert
 from ..experts.features import load_features
@@ -264,6 +266,10 @@ def not_run(folder: str | Path) -> str:
     path = Path(folder)/'not_run.json'
     return read_json(path)['reason'] if path.is_file() else ''
 
+def reason_of(error: Exception) -> str:
+    "Why something was not run, without the folders of this machine: it is printed in tables."
+    return str(error).replace(str(weights_folder()), 'the weights folder')
+
 def row_parts(row: dict, folders: Folders, n: int = 0, device: str = 'cpu') -> dict:
     "What `train_generator` is given for seed n of a block: start, audio, expert, features, silencer, speech."
     made = lambda root, name: of_seed(Path(root)/name, n); parts = {}
@@ -304,8 +310,8 @@ def train_row(store, row: dict,                # a block of `warm_ups`, `silence
     for n in range(block.get('seeds', 1)):
         try: parts = row_parts(row, folders, n, device)
         except (MissingWeights, MissingExtra) as error:
-            out.mkdir(parents=True, exist_ok=True); write_json(out/'not_run.json', dict(reason=str(error)))
-            return dict(not_run=str(error))
+            out.mkdir(parents=True, exist_ok=True); write_json(out/'not_run.json', dict(reason=reason_of(error)))
+            return dict(not_run=reason_of(error))
         (out/'not_run.json').unlink(missing_ok=True)
         what, settings = row_settings(row, block, parts, device=device, seed=derive_seed(seed, 'generators', n) % 2**31)
         run = train_generator(store, what, settings, of_seed(out, n), landmarker=landmarker, on_change='restart', **parts)
