@@ -107,8 +107,12 @@ def _train(args) -> int:
 
 def _generate(args) -> int:
     from talkingface.dubbing import dub, load_voice
-    runs = Path(args.generator).resolve().parent.parent         # runs/PROFILE of runs/PROFILE/generators/NAME
+    folder = Path(args.generator).resolve()
+    runs = (folder.parent if folder.name.startswith('seed-') else folder).parent.parent     # runs/PROFILE of runs/PROFILE/generators/NAME
     voice = load_voice(args.generator, args.device, args.silencers or runs/'silencers', runs/'experts')
+    if voice.reference in ('lowest', 'per_frame') and not args.reference:
+        raise InputError(f"{args.generator} was trained with reference {voice.reference!r}, which no single frame of a video is; "
+                         "pass --reference random, fixed, first or closed")
     print(dub(args.video, args.audio, voice.generator, _tracker(args.tracker, args.device), args.out,
               args.reference or voice.reference, args.seed, silencer=voice.silencer))
     return 0

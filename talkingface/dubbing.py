@@ -28,13 +28,14 @@ from .generators.base import Generator, build_generator, draw_clip
 from .generators.references import LowestSimilarity, Silencer, reference_track, shown_faces
 from .generators.restore import load_restorer
 from .generators.wav2lip import load_wav2lip
-from .training.generators import not_run, reason_of
+from .generators.speech import SpeechCache, Wav2Vec2Speech, frame_speech
+from .training.generators import heard, not_run, reason_of, seed_folders
 from .weights import load_model
 
 # %% ../nbs/07_dubbing.ipynb #d0c2ced0
-def _draw(generator: Generator, faces: np.ndarray, references: np.ndarray, mels: np.ndarray, batch: int = 32) -> np.ndarray:
+def _draw(generator: Generator, faces: np.ndarray, references: np.ndarray, mels: np.ndarray, batch: int = 32, **speech) -> np.ndarray:
     "Draw (n,3,H,H) uint8 faces from the upper halves of `faces`, references of the same shape and mel windows (n,80,16)."
-    return (draw_clip(generator, faces, references, mels, batch)*255).round().to(torch.uint8).numpy()
+    return (draw_clip(generator, faces, references, mels, batch, **speech)*255).round().to(torch.uint8).numpy()
 
 def _mel(sound: np.ndarray) -> np.ndarray:
     "The mel (80,M) of `sound`, which may be one already."
@@ -47,7 +48,7 @@ class Voice:
     reference: str = 'random'                   # policy of generators.references
     silencer: Silencer | None = None
     choose: LowestSimilarity | None = None      # for the policy 'lowest'
-    speech: Callable | None = None              # clip -> (T,S,C), for generators that hear features
+    speech: SpeechCache | None = None           # for generators that hear features
 
     def shown(self, clip, seed: int = 0) -> np.ndarray:    # (T,) frame numbers
         "The reference frame of each frame of a clip."
@@ -60,9 +61,7 @@ class Voice:
             ) -> np.ndarray:            # (T,3,H,H) uint8
         "The faces of `clip`, speaking `sound`, from explicit reference frames; every frame of the clip comes back."
         mels = frame_mels(_mel(np.asarray(sound)), len(clip.faces)); faces = np.asarray(clip.faces)
-        heard = {} if self.speech is None else dict(speech=np.asarray(self.speech(clip)))
-        drawn = draw_clip(self.generator, faces, shown_faces(faces, shown, self.silencer), mels, batch, **heard)
-        return (drawn*255).round().to(torch.uint8).numpy()
+        return _draw(self.generator, faces, shown_faces(faces, shown, self.silencer), mels, batch, **heard(self.speech, clip))
 
 def load_voice(folder: str | Path,                    # of a trained generator
                device: str = 'cpu',
@@ -71,13 +70,20 @@ def load_voice(folder: str | Path,                    # of a trained generator
               ) -> Voice:
     "The generator of a row with what its row asks for; a training of another seed goes with the silencer of that seed."
     folder = Path(folder); model = load_model(folder, build_generator, device); row = model.meta['run']['row']
-    seed = folder.name if folder.name.startswith('seed-') else ''
+    seed, known = folder.name if folder.name.startswith('seed-') else '', model.meta['run']
     def part(root, name, what):
         if root is None: raise InputError(f"{folder} was trained with {what} {name!r}; pass the folder where it lies")
         return Path(root)/name
+    def same(net, what):
+        if net.meta['weights_sha256'] != known[what]:
+            raise InputError(f"{folder} was trained with another {what} than the one that lies there now; train it again")
+        return net
     voice = Voice(model, row['reference'])
-    if row.get('silence'): voice.silencer = Silencer(load_model(part(silencers, row['silence'], 'silencers')/seed, build_generator, device))
-    if row['reference'] == 'lowest': voice.choose = LowestSimilarity(load_model(part(experts, row['expert'], 'experts'), build_expert, device))
+    if row.get('silence'):
+        voice.silencer = Silencer(same(load_model(part(silencers, row['silence'], 'silencers')/seed, build_generator, device), 'silencer'))
+    if row['reference'] == 'lowest':
+        voice.choose = LowestSimilarity(same(load_model(part(experts, row['expert'], 'experts'), build_expert, device), 'expert'))
+    if model.hears == 'speech': voice.speech = SpeechCache(Wav2Vec2Speech(device=device))
     return voice
 
 def revoice(generator: Generator | Voice,
@@ -137,12 +143,13 @@ def _reference_face(video: Path, track: Track, frame: int, size: int) -> np.ndar
     raise InputError(f"{video} has {start} frames, but frame {frame} was asked for; was the track made from another video?")
 
 def _dub_frames(frames: np.ndarray, track: Track, generator: Generator, shown: np.ndarray, mels: np.ndarray,
-                feather: float) -> np.ndarray:
-    "A chunk of frames with new faces where there are faces; `track` and `mels` are those of the chunk."
+                feather: float, speech: np.ndarray | None = None) -> np.ndarray:
+    "A chunk of frames with new faces where there are faces; `track`, `mels` and `speech` are those of the chunk."
     seen = np.flatnonzero(track.valid)
     if not len(seen): return frames
     faces = crop_faces(frames[seen], track.boxes[seen], generator.size).transpose(0, 3, 1, 2)
-    drawn = _draw(generator, faces, np.broadcast_to(shown, faces.shape), mels[seen]).transpose(0, 2, 3, 1)
+    drawn = _draw(generator, faces, np.broadcast_to(shown, faces.shape), mels[seen],
+                  **{} if speech is None else dict(speech=speech[seen])).transpose(0, 2, 3, 1)
     out = frames.copy()
     out[seen] = paste_faces(frames[seen], drawn, track.boxes[seen], feather, generator.region)
     return out
@@ -157,7 +164,8 @@ def dub(video: str | Path,             # the face; any container, rate and size
         seed: int = 0,
         feather: float = .08,          # fading border, as a share of the region that is put back
         chunk: int = 32,               # frames in memory at a time
-        silencer: Silencer | None = None   # closes the mouth of the reference
+        silencer: Silencer | None = None,  # closes the mouth of the reference
+        speech: Wav2Vec2Speech | None = None   # for a generator that hears features
        ) -> dict:                      # what was done, plain values
     "Write `video` with its face speaking `audio`, as long as the video to the frame, and report what was done."
     video, out = Path(video), Path(out)
@@ -166,13 +174,15 @@ def dub(video: str | Path,             # the face; any container, rate and size
     wav = fit_length(wav, frames)
     mel, index = mel_spectrogram(wav), _reference_frame(track, reference, seed, video.stem)
     shown, start = shown_faces(_reference_face(video, track, index, generator.size)[None], np.zeros(1, int), silencer)[0], 0
+    features = (speech or Wav2Vec2Speech(device=str(next(generator.parameters()).device))).features(wav) if generator.hears == 'speech' else None
     with VideoWriter(out, FPS, wav) as writer:
         for part in stream_frames(video, chunk=chunk):
             now = slice(start, start + len(part))
             start += len(part)
             if start > frames: break
             piece = Track(track.landmarks[now], track.boxes[now], track.valid[now])
-            writer.write(_dub_frames(part, piece, generator, shown, frame_mels(mel, np.arange(now.start, now.stop)), feather))
+            at = np.arange(now.start, now.stop); spoken = None if features is None else frame_speech(features, at)
+            writer.write(_dub_frames(part, piece, generator, shown, frame_mels(mel, at), feather, spoken))
         if start != frames:
             raise InputError(f"{video} has {'at least ' if start > frames else ''}{start} frames at {FPS} per second, its track "
                              f"has {frames}; track this video again")
@@ -204,10 +214,12 @@ def _revoice(voice: Voice, method: str, clips, into: Path, seed: int, made_by: d
     for clip in progress([clips[i] for i in range(len(clips))], f'{method} {into.name}'):
         at = voice.shown(clip, seed); shown[clip.name] = at.tolist()
         save_faces(into/f'{clip.name}.safetensors', voice.draw(clip, clip.mel, at))
-    write_json(into/'meta.json', dict(method=method, clips=len(clips), reference=voice.reference, seed=seed, **made_by, shown=shown))
+    sets = sorted({row['split'] for row in clips.rows})
+    write_json(into/'meta.json', dict(method=method, clips=len(clips), sets=sets, reference=voice.reference, seed=seed, **made_by, shown=shown))
 
-def _left_out(out: Path, method: str, reason: str) -> str:
-    out.mkdir(parents=True, exist_ok=True); write_json(out/'meta.json', dict(method=method, not_run=reason))
+def _left_out(out: Path, method: str, reason: str, clips) -> str:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out/'meta.json', dict(method=method, not_run=reason, sets=sorted({row['split'] for row in getattr(clips, 'rows', ())})))
     return reason
 
 def revoice_row(method: str,                  # name of the row
@@ -215,11 +227,11 @@ def revoice_row(method: str,                  # name of the row
                 clips,                        # of a `ClipStore`
                 out: str | Path,              # CLIP.safetensors and meta.json; further trainings in seed-1, seed-2, ...
                 device: str = 'cpu', silencers: str | Path | None = None, experts: str | Path | None = None,
-                seed: int = 0                 # of the references: all rows are shown the same frames
+                seed: int = 0                 # of the references; rows with one policy are shown the same frames
                ) -> str:                      # why nothing was drawn, or ''
     "Re-voice clips with their own speech by every training of a row."
-    if reason := not_run(generator): return _left_out(Path(out), method, reason)
-    for folder in [Path(generator), *sorted(Path(generator).glob('seed-*'))]:
+    if reason := not_run(generator): return _left_out(Path(out), method, reason, clips)
+    for folder in seed_folders(generator).values():
         voice = load_voice(folder, device, silencers, experts); meta = voice.generator.meta
         _revoice(voice, method, clips, Path(out)/folder.relative_to(generator), seed, dict(silence=meta['run']['row'].get('silence'),
                  generator=meta['weights_sha256'], network=meta['config'], trained=meta['run']))
@@ -229,24 +241,26 @@ def revoice_published(method: str, file: str,  # in the weights folder
                       clips, out: str | Path, device: str = 'cpu', seed: int = 0) -> str:   # why nothing was drawn, or ''
     "Re-voice clips by the published generator of Wav2Lip."
     try: net = load_wav2lip(weights_file(file, 'the repository of Wav2Lip'), device)
-    except MissingWeights as error: return _left_out(Path(out), method, reason_of(error))
+    except MissingWeights as error: return _left_out(Path(out), method, reason_of(error), clips)
     _revoice(Voice(net), method, clips, Path(out), seed, dict(generator=net.meta['sha256'], network=net.config, trained=net.meta))
     return ''
 
 def restore_row(method: str, restorer: str,   # of `RESTORERS`
                 source: str | Path,           # faces of another method
-                out: str | Path, device: str = 'cpu') -> str:    # why nothing was restored, or ''
+                clips, out: str | Path, device: str = 'cpu') -> str:    # why nothing was restored, or ''
     "Pass the faces of another method through a restorer, every training; a restorer without its weights leaves its reason."
     out, source = Path(out), Path(source)
     reason = read_json(source/'meta.json').get('not_run', '')
     try: net = None if reason else load_restorer(restorer, device)
     except (MissingWeights, MissingExtra) as error: reason = reason_of(error)
-    if reason: return _left_out(out, method, reason)
-    for folder in [source, *sorted(source.glob('seed-*'))]:
+    if reason: return _left_out(out, method, reason, clips)
+    for folder in seed_folders(source).values():
         into, about = out/folder.relative_to(source), read_json(folder/'meta.json')
-        for name, faces in progress(stored_faces(folder, list(about['shown'])).items(), f'{method} {folder.name}', total=len(about['shown'])):
+        names = [row['clip'] for row in getattr(clips, 'rows', ()) if row['clip'] in about['shown']] or list(about['shown'])
+        for name, faces in progress(stored_faces(folder, names).items(), f'{method} {folder.name}', total=len(names)):
             save_faces(into/f'{name}.safetensors', net.restore(np.array(faces)))
-        write_json(into/'meta.json', dict(about, method=method, restorer=net.protocol))
+        kept = dict(shown={n: about['shown'][n] for n in names}, sets=sorted({row['split'] for row in getattr(clips, 'rows', ())}))
+        write_json(into/'meta.json', dict(about, method=method, restorer=net.protocol, clips=len(names), **kept))
     return ''
 
 def generate_others(methods: dict[str, dict],   # name -> {silencer: NAME}, {weights: FILE} or {of: ROW, restorer: NAME}; and `sets`
@@ -259,7 +273,7 @@ def generate_others(methods: dict[str, dict],   # name -> {silencer: NAME}, {wei
         clips, into = store.split(*how.get('sets', sets)), Path(out)/name
         if 'silencer' in how: reasons[name] = revoice_row(name, Path(silencers)/how['silencer'], clips, into, device, seed=seed)
         elif 'weights' in how: reasons[name] = revoice_published(name, how['weights'], clips, into, device, seed)
-        elif {'of', 'restorer'} <= how.keys(): reasons[name] = restore_row(name, how['restorer'], Path(generated)/how['of'], into, device)
+        elif {'of', 'restorer'} <= how.keys(): reasons[name] = restore_row(name, how['restorer'], Path(generated)/how['of'], clips, into, device)
         else: raise ParamsError(f"others.{name}: expected silencer, weights, or of and restorer, got {how}")
     return {name: reason for name, reason in reasons.items() if reason}
 

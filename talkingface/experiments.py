@@ -7,8 +7,8 @@ __all__ = ['ROW_KEY', 'PUBLISHED_FIELDS', 'METHOD_LABELS', 'REFERENCES', 'PUBLIS
            'RULE', 'DASHES', 'MARKERS', 'check_rows', 'write_rows', 'read_rows', 'bootstrap_interval', 'summarise',
            'degradation_order', 'paired_difference', 'published', 'told_beside', 'metric_columns', 'metric_table',
            'metric_label', 'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'save_figure',
-           'draw_table', 'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'clip_strip',
-           'write_provenance', 'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
+           'draw_table', 'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'write_provenance',
+           'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
 
 # %% ../nbs/09_experiments.ipynb #9173cba8
 from contextlib import contextmanager
@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, atomic_path, provenance, read_json, repository_root, rng, write_json
-from .data.clips import aperture as data_aperture
-from .generators.references import reference_track
 from .metrics.base import METRICS, metric_info
 from .metrics.report import ROW_FIELDS
 
@@ -466,22 +464,6 @@ def qualitative_strip(lines: dict,           # {label: (T,3,H,W) uint8 frames of
     "Rows of face crops of one clip at the same moments."
     frames = np.asarray(frames)
     return draw_strips([(clip, {label: np.asarray(faces)[frames] for label, faces in lines.items()}, frames)], title, fps)
-
-# %% ../nbs/09_experiments.ipynb #ae04e9f5
-def clip_strip(clips: list,               # prepared clips
-               faces: dict,               # {clip name: (T,3,H,W) uint8 generated}
-               reference: str,            # policy that the generator was run with
-               seed: int = 0,             # of that policy
-               columns: int = 6, title: str = ''
-              ) -> tuple:                 # figure, DataFrame
-    "Four rows for each clip, at moments where the true mouth is most closed and most open."
-    groups = []
-    for clip in clips:
-        truth = np.asarray(clip.faces); masked = truth.copy(); masked[:, :, truth.shape[2] // 2:] = 0
-        shown = strip_frames(data_aperture(np.asarray(clip.landmarks)), columns)
-        lines = {'reference': truth[reference_track(clip, reference, seed)], 'masked input': masked, 'generated': faces[clip.name], 'ground truth': truth}
-        groups.append((clip.name, {label: np.asarray(f)[shown] for label, f in lines.items()}, shown))
-    return draw_strips(groups, title)
 
 # %% ../nbs/09_experiments.ipynb #b7dae1c0
 def write_provenance(folder: str | Path,   # e.g. paper_figures/demo

@@ -61,8 +61,10 @@ def test_neighbouring_rows_differ_in_one_thing(params):
     rows = {n: {k: v for k, v in r.items() if k not in ('about', 'sets')} for n, r in params['rows'].items()}
     differ = lambda a, b: {k for k in rows[a].keys() | rows[b].keys() if rows[a].get(k) != rows[b].get(k)}
     for a, b, what in (('setup_a', 'setup_b', {'start'}), ('setup_b', 'setup_d', {'silence'}), ('setup_d', 'setup_e', {'losses'}), ('setup_e', 'setup_g', {'losses'}),
-                       ('setup_f', 'setup_g', {'losses'}), ('setup_e', 'ref_random', {'silence'}), ('setup_e', 'ref_wav2lip', {'silence'}), ('ref_random', 'ref_fixed', {'reference'}),
-                       ('setup_d', 'av_plain', {'expert'}), ('setup_e', 'av_stabilized', {'expert'}), ('setup_d', 'sync_gap', {'losses'})):
+                       ('setup_f', 'setup_g', {'losses'}), ('setup_e', 'ref_random', {'silence'}), ('setup_e', 'ref_wav2lip', {'silence'}), ('ref_random', 'ref_fixed', {'start', 'reference'}),
+                       ('setup_b', 'setup_c', {'start'}), ('setup_e', 'ref_closed', {'silence', 'reference'}), ('setup_e', 'ref_lowest', {'silence', 'reference'}),
+                       ('setup_d', 'sync_penalty', {'losses'}), ('av_plain', 'av_gap', {'losses'}), ('av_plain', 'av_penalty', {'losses'}), ('setup_e', 'ss_floor', {'options'}),
+                       ('setup_e', 'ss_silent', {'options'}), ('setup_g', 'final', {'start', 'expert'}), ('setup_d', 'av_plain', {'expert'}), ('setup_e', 'av_stabilized', {'expert'}), ('setup_d', 'sync_gap', {'losses'})):
         assert differ(a, b) == what, (a, b)
 
 

@@ -304,7 +304,7 @@ def test_each_phase_has_its_plateau_and_its_rates():
 
 @pytest.mark.parametrize('ema', [0., .9])
 def test_generator_resumes_bit_for_bit(tmp_path, toys, monkeypatch, ema):
-    "Broken before and after the late losses begin."
+    "Broken three times, with a discriminator and, in turn, averaged weights."
     row = Row({'name': 'light', 'width': 8}, {'pixel': 1., 'sync': .1, 'adversarial': .05},
               options={'adversarial': {'width': .125}})
     torch.manual_seed(0); expert = build_expert({'name': 'light_syncnet', 'width': 8, 'dim': 16})
@@ -494,3 +494,37 @@ def test_a_frozen_audio_encoder_is_that_of_its_expert(tmp_path, toys):
     train_generator(toys, row, GeneratorParams(steps=2, batch=2, validate_clips=1), tmp_path/'run', audio=expert)
     made = load_model(tmp_path/'run', build_generator); mel = torch.randn(3, 1, 80, 16)
     with torch.no_grad(): assert torch.allclose(made.audio_encoder(mel), expert.encode_mel(mel), atol=1e-6)
+
+
+class Hearing:
+    "Stands for Wav2Vec2: loudness of each 20 ms, repeated over 768 channels."
+    def __init__(self, *_, **__): pass
+    def features(self, wav): return np.abs(wav[:len(wav)//320*320]).reshape(-1, 320).mean(1, dtype=np.float32)[:, None].repeat(768, 1)
+
+
+def test_a_row_that_hears_speech_features_is_trained_and_re_voiced(tmp_path, monkeypatch):
+    "Setup C from its warm-up to its faces, with a stand-in for the published network."
+    import talkingface.dubbing as dubbing
+    import talkingface.training.generators as generators
+    for module in (dubbing, generators): monkeypatch.setattr(module, 'Wav2Vec2Speech', Hearing)
+    clips = ToyStore([*map(toy_clip, range(3)), toy_clip(9, 'val')])
+    block = dict(net={'name': 'light', 'width': 8}, seeds=2, warm_up=dict(steps=2, batch=2, frames=1, validate_clips=1), train=dict(steps=2, batch=2, validate_clips=1))
+    folders = generators.Folders(warm_ups=tmp_path/'warm_ups')
+    generators.train_row(clips, dict(training='warm_up', audio='wav2vec2', losses={'pixel': 1.}), block, tmp_path/'warm_ups'/'wav2vec2', folders)
+    generators.train_row(clips, dict(start='wav2vec2', losses={'pixel': 1.}), block, tmp_path/'row', folders)
+    assert dubbing.revoice_row('row', tmp_path/'row', clips.split('val'), tmp_path/'faces') == ''
+    assert sorted(p.relative_to(tmp_path/'faces').as_posix() for p in (tmp_path/'faces').rglob('*.safetensors')) == ['seed-1/toy_9.safetensors', 'toy_9.safetensors']
+    once = block | dict(seeds=1)
+    generators.train_row(clips, dict(start='wav2vec2', losses={'pixel': 1.}), once, tmp_path/'row', folders)
+    assert not (tmp_path/'row'/'seed-1').exists()
+
+
+def test_what_a_generator_goes_on_from_is_on_record(tmp_path, toys):
+    "An expert behind the warm-up or the silencer is an ancestor of the row: it may not score it."
+    expert = build_expert({'name': 'syncnet', 'width': .125}).eval(); expert.meta = {'weights_sha256': 'a'*64}
+    row = Row({'name': 'light', 'width': 8, 'audio': expert.config}, {'pixel': 1.}); params = GeneratorParams(steps=1, batch=2, validate_clips=1)
+    train_generator(toys, row, params, tmp_path/'warm_up', audio=expert)
+    start = load_model(tmp_path/'warm_up', build_generator)
+    train_generator(toys, Row(start.config, {'pixel': 1.}, start='warm_up'), params, tmp_path/'row', start=start)
+    assert 'a'*64 in json.loads((tmp_path/'row'/'meta.json').read_text())['run']['ancestors']
+    with pytest.raises(Exception, match='row.silence names'): train_generator(toys, Row(start.config, {'pixel': 1.}, silence='silent'), params, tmp_path/'no', start=start)

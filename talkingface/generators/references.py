@@ -39,7 +39,8 @@ class Silencer(nn.Module):
 
     def close(self, batch: GeneratorBatch) -> GeneratorBatch:
         "The batch with closed lips in `reference`; the drawn one goes to `raw_reference`."
-        return dataclasses.replace(batch, reference=self(batch.reference), raw_reference=batch.reference)
+        raw = batch.reference if batch.raw_reference is None else batch.raw_reference
+        return dataclasses.replace(batch, reference=self(batch.reference), raw_reference=raw)
 
 # %% ../../nbs/05_generators/05_references.ipynb #f139d1bb
 @torch.no_grad()
@@ -62,6 +63,13 @@ class LowestSimilarity:
     "Chooses the reference frame with the lowest similarity to the sound of a window; the tables of clips are kept."
     def __init__(self, expert: SyncExpert, every: int = 4, distance: int = 5):   # frames to keep from the window
         self.expert, self.every, self.distance, self._tables = expert, every, distance, {}
+
+    def __getstate__(self): return dict(self.__dict__, expert=None)     # workers get the tables, not the network
+
+    def prepare(self, clips) -> 'LowestSimilarity':
+        "Make the tables of all clips now, so that processes that fetch batches need no network."
+        for i in range(len(clips)): self.table(clips[i])
+        return self
 
     def table(self, clip) -> tuple[np.ndarray, np.ndarray]:
         if clip.name not in self._tables: self._tables[clip.name] = still_similarity(self.expert, clip, self.every)
@@ -87,6 +95,7 @@ def reference_track(clip,                          # prepared clip, or anything 
     "For each frame of a clip, the frame that shows a generator who the person is."
     if not np.any(clip.valid):
         raise InputError(f"none of the {len(clip.valid)} frames of {clip.name} shows a face; there is nothing to re-voice")
+    if reference in ('fixed', 'window'): reference = 'random'
     if reference != 'lowest':
         return reference_frames(clip, reference, 0, len(clip.valid), rng(seed, 'reference', clip.name), seed)
     if choose is None: raise InputError("reference 'lowest' needs the expert that measures similarity; pass choose=LowestSimilarity(expert)")
