@@ -183,6 +183,7 @@ def run_stage(notebook: str | Path,   # relative to the checkout
               root: str | Path = '.'
              ) -> Path:               # the executed notebook
     "Execute a stage notebook with `parameters`; unknown parameters and failing cells are errors."
+    sys.modules.setdefault('rfc3987_syntax', None)   # a grammar of URIs that jsonschema would compile at every start; notebooks hold none
     import papermill
     from nbclient.exceptions import DeadKernelError
     root = repository_root(root); source = root/notebook

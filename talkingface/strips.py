@@ -72,17 +72,18 @@ def _picture(fig, picture, x: float, y: float, size: float, inches: tuple, above
 def rows_figure(clips, rows: dict,         # name -> `StripRow`
                 labels: dict | None = None, columns: int = 5, title: str = '', size: float = .8,   # inches
                 above: float = 0.,         # share of the face that is cut off above: rows differ below only
-                fps: float = 25.) -> tuple:   # figure, DataFrame clip, column, frame, seconds
+                fps: float = 25., notes: str = '') -> tuple:   # figure, DataFrame clip, column, frame, seconds
     "A block for each clip: the truth and every row at the same moments, what the generator was shown in the first column."
     import pandas as pd
     name_of = lambda n: (labels or {}).get(n, METHOD_LABELS.get(n, n.replace('_', ' ').capitalize()))
     drawn = {n: r for n, r in rows.items() if r.faces}
     if not drawn:
         raise InputError(f"none of the rows {', '.join(rows)} has faces; {'; '.join(r.reason for r in rows.values())}")
-    notes = [line for n, r in rows.items() if r.reason for line in textwrap.wrap(f'{name_of(n)} was not run: {r.reason}', 105)]
+    told = [*([notes] if notes else []), *(f'{name_of(n)} was not run: {r.reason}' for n, r in rows.items() if r.reason)]
     cut = lambda f: None if f is None else np.asarray(f)[:, round(above*f.shape[1]):]
     left, gap, head = 1.25, .24, .06 + .26*bool(title); tall = size*(1 - above); wide = left + size*(columns + 1) + .12
-    inches = wide, head + (tall*(len(drawn) + 1) + gap)*len(clips) + .14*len(notes) + .05
+    printed = [line for text in told for line in textwrap.wrap(text, int(15.5*wide))]
+    inches = wide, head + (tall*(len(drawn) + 1) + gap)*len(clips) + .14*len(printed) + .05
     lines = []
     with plotting() as plt:
         fig = plt.figure(figsize=inches); plt.close(fig); y = head
@@ -98,8 +99,8 @@ def rows_figure(clips, rows: dict,         # name -> `StripRow`
                 y += tall
             lines += [dict(clip=clip.name, column=j, frame=int(f), seconds=f/fps) for j, f in enumerate(shown)]
         if title: fig.text(.05/inches[0], 1 - .05/inches[1], title, ha='left', va='top', weight='bold', fontsize=10)
-        if notes:
-            fig.text(.05/inches[0], .03/inches[1], '\n'.join(notes), ha='left', va='bottom', fontsize=7.5, color=QUIET_INK)
+        if printed:
+            fig.text(.05/inches[0], .03/inches[1], '\n'.join(printed), ha='left', va='bottom', fontsize=7.5, color=QUIET_INK)
     return fig, pd.DataFrame(lines)
 
 # %% ../nbs/10_strips.ipynb #ec9da397

@@ -98,19 +98,19 @@ def training_figure(logs, groups: dict,      # title of a column -> rows
         raise InputError(f"none of the rows of the figure is in the logs; there are {', '.join(logs['row'].unique())}")
     table = stability_table(logs, width)
     with plotting() as plt:
-        fig, axes = plt.subplots(3, len(groups), figsize=(3.6*len(groups) + 1.4, 5.6), layout='constrained', sharex='col',
+        fig, axes = plt.subplots(3, len(groups), figsize=(3.6*len(groups) + 1.4, 6.1), layout='constrained', sharex='col',
                                  sharey='row', squeeze=False)
         plt.close(fig)
         for ax, (name, names) in zip(axes.T, groups.items()):
             _draw_column(ax, logs, names, labels or {}, width); ax[0].set_title(name, fontsize=9)
-            ax[0].legend(fontsize=7.5, loc='upper right', handlelength=2.6)
+            ax[2].legend(*ax[0].get_legend_handles_labels(), fontsize=7.5, loc='upper left', bbox_to_anchor=(0, -.36), ncols=2, handlelength=2.6, borderaxespad=0)
             ax[0].set_yscale('log'); ax[1].set_yscale('log'); ax[2].set_xlabel('step'); ax[2].set_ylim(bottom=0)
         for ax, text in zip(axes[:, 0], ('sync term', 'norm of the gradient', 'fluctuation / level')): ax.set_ylabel(text)
         lines = table[table['row'].isin({n for names in groups.values() for n in names})]
         steps = logs[(logs['row'] == lines['row'].iloc[0]) & (logs['seed'] == lines['seed'].iloc[0])]['step']
         step = int(np.median(np.diff(steps))) if len(steps) > 1 else int(steps.iloc[0])
-        notes = [f"Means of {step} steps, from the step on at which the sync term has its weight; thick: running median of {width} values, thinner: further trainings. "
-                 f"{int(lines['not_finite'].sum())} of {int(lines['lines'].sum())} logged means are not finite. Fluctuation: standard deviation about the running median."]
+        notes = [f"{'Every step' if step == 1 else f'Means of {step} steps'}, from the step on at which the sync term has its weight; thick: running median of {width} values, thinner: further trainings. "
+                 f"{int(lines['not_finite'].sum())} of {int(lines['lines'].sum())} logged values are not finite. Fluctuation: standard deviation about the running median."]
         if title: fig.suptitle(title, x=.01, ha='left', weight='bold', fontsize=11)
         fig.supxlabel('\n'.join(textwrap.wrap(notes[0], int(15.5*fig.get_figwidth()))), x=.01, ha='left', fontsize=7.5,
                       color=QUIET_INK)

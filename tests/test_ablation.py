@@ -3,9 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from talkingface.ablation import (LEAK, ablation_notes, ablation_summary, ablation_table, chosen_metrics, holm, leak_pairs, leak_summary,
-                                  neighbours, network_note, pairs_markdown, read_methods, reported_as, restorer_label,
-                                  save_ablation, seeds_markdown, signed_rank, told_interval, variance_figure, variance_markdown,
+from talkingface.ablation import (LEAK, ablation_notes, ablation_summary, ablation_table, as_printed, chosen_metrics, holm, leak_pairs, leak_summary,
+                                  neighbours, network_note, pairs_markdown, printed, read_methods, reported_as, restorer_label,
+                                  save_ablation, seed_interval, seeds_markdown, signed_rank, told_interval, variance_figure, variance_markdown,
                                   variance_pairs)
 from talkingface.core import InputError, file_hash, write_json
 from talkingface.experiments import PUBLISHED_FIELDS, check_rows, published, summarise, write_rows
@@ -72,7 +72,29 @@ def test_pairs_find_what_is_there(rows):
     assert table.loc[('same', 'ssim'), 'agree'] is False
     assert table.loc[('gone', 'ssim'), 'reason'] == 'gone: needs some.safetensors' and np.isnan(table.loc[('gone', 'ssim'), 'mean'])
     whole = table.loc[('b', 'lip_leak')]
-    assert whole['mean'] == pytest.approx(-.3) and np.isnan(whole['low']) and np.isnan(whole['p']) and whole['n'] == 0
+    assert whole['mean'] == pytest.approx(-.3) and np.isnan(whole['p']) and whole['n'] == 0 and whole['over'] == 'trainings'
+    assert whole['low'] <= whole['mean'] <= whole['high'] and whole['better']
+    two = neighbours(rows[rows['seed'] < 2], [('b', 'a')], ['lip_leak']).iloc[0]
+    assert two['seeds'] == 2 and np.isnan(two['low']) and two['over'] == '' and two['better'] is None
+
+
+def test_interval_over_trainings_is_students():
+    from scipy.stats import ttest_1samp
+    told = ttest_1samp([.1, .4, .2], 0).confidence_interval()
+    assert seed_interval([.1, .4, .2]) == pytest.approx((told.low, told.high)) and np.isnan(seed_interval([1, 2])).all()
+
+
+def test_cells_tell_what_the_heading_does_not():
+    each = [row(m, 'all', 'fid_corpus', v + .1*s, seed=s) for m, v in (('a', 4.), ('b', 3.)) for s in range(3)]
+    silent = [row(m, 'c00', 'lmd', None, seed=s, reason='silent') for m in 'ab' for s in range(3)]
+    scored = [r for m, gain in (('a', 0), ('b', -1e-9)) for r in measured(m, gain, metric='lmd', noise=0) if r['clip'] != 'c00']
+    pairs = neighbours(measured('a', 0) + measured('b', .02) + each + silent + scored, [('b', 'a')], ['ssim', 'lmd', 'fid_corpus'])
+    text = pairs_markdown(pairs)
+    assert 'n = 20 clips**' in text and '(n = 19)' in text and '(3 trainings)' in text and '(n = 20)' not in text
+    assert '−1.00e−09' in text and '0.000000' not in text and 'three equal signs happen by chance one time in four' in text
+    assert pairs_markdown(pairs, thousandths=['ssim']).count('SSIM[×1000]') == 1
+    tiny = neighbours(measured('a', 0, noise=0) + measured('b', 0, noise=0), [('b', 'a')], ['ssim'])
+    assert '| 0.000 [0.000, 0.000] |' in pairs_markdown(tiny)
 
 
 def test_false_alarms_are_rare():
@@ -146,6 +168,50 @@ def test_nothing_is_lost_and_nothing_invented(rows, told):
     with pytest.raises(InputError, match='none of the metrics'): ablation_table(rows, ['a'], ['psnr'])
 
 
+def test_only_strangers_are_not_part_of_the_profile(rows):
+    table = ablation_table(rows, ['a', 'gone', 'late', 'never'], ['ssim'], about={'a': '', 'gone': '', 'late': ''}).set_index('method')
+    assert table['reason'].tolist() == ['', 'needs some.safetensors', 'no rows; run its stage of evaluation', 'not part of this profile']
+
+
+def test_published_digits_stay(tmp_path, rows):
+    path = tmp_path/'published.csv'; path.write_text(','.join(PUBLISHED_FIELDS) + '\nx,t,a,LRS2,ssim,0.9520,note,no\nx,t,b,LRS2,ssim,7.116,note,yes\nx,t,a,LRS2,ifc,0.20,note,no\n')
+    told = reported_as(printed(path, paper='x'), {}, ['ssim']); table = ablation_table(rows, ['a', 'b', 'same'], ['ssim'], reported=told, reported_sets={'test': 'LRS2'})
+    save_ablation(table, tmp_path/'t')
+    for text in ((tmp_path/'t.md').read_text(), (tmp_path/'t.tex').read_text(), (tmp_path/'t.csv').read_text()): assert '0.9520' in text and '7.116' in text
+    assert 'IFC of A 0.20' in (tmp_path/'t.md').read_text() and table['ssim_reported'].astype(float).max() == 7.116
+    assert as_printed(table, told, {'test': 'LRS2'})['ssim_reported'].notna().tolist() == [True, True, False]
+
+
+def test_columns_beside_published_ones_are_not_scaled(tmp_path):
+    told = pd.DataFrame([('x', 'main', 'a', 'LRS2', 'ssim', .04, 'note', True)], columns=PUBLISHED_FIELDS)
+    some = [r | dict(value=r['value']/100) for r in measured('a', 0) + measured('b', .02)]
+    for reported, scaled in ((told, False), (None, True)):
+        save_ablation(ablation_table(some, ['a', 'b'], ['ssim'], reported=reported, reported_sets={'test': 'LRS2'}), tmp_path/'t')
+        assert ('×1000' in (tmp_path/'t.md').read_text()) == scaled
+
+
+@pytest.mark.parametrize('stage', ['table_main', 'table_post_processing'])
+def test_others_have_numbers_or_the_name_of_a_file(stage, tmp_path):
+    "The stage notebook itself, on rows that two of the others have."
+    import json
+    from talkingface.core import repository_root
+    from talkingface.leaking import LEAK_FIELDS
+    names = ['ground_truth', 'final', 'setup_g']; every = [r for m in names for r in measured(m, 0, seeds=1, metric='psnr')]
+    others = [r for m in ('wav2lip', 'final_unsharp') for r in measured(m, .1, seeds=1, metric='psnr')]
+    others.append(row('final_vqfr', 'all', 'psnr', None, reason='weights file VQFR_v2.pth not found'))
+    write_rows(tmp_path/'rows'/'baselines.csv', check_rows(every)); write_rows(tmp_path/'rows'/'others.csv', check_rows(others))
+    pd.DataFrame(openings('setup_g', .1, 1) + openings('final', .1, 1))[list(LEAK_FIELDS)].to_csv(tmp_path/'leak.csv', index=False)
+    notebook = json.loads((repository_root()/'nbs'/'papers'/'stabilized_sync'/f'{stage}.ipynb').read_text()); room = {}
+    given = dict(rows=str(tmp_path/'rows'), leak=str(tmp_path/'leak.csv'), generators=str(tmp_path), out=str(tmp_path/stage), labels={m: {} for m in names[1:]},
+                 restored={'wav2lip': {}, 'final_unsharp': {'restorer': 'unsharp'}, 'final_vqfr': {'restorer': 'vqfr_v2'}})
+    for cell in [c for c in notebook['cells'] if c['cell_type'] == 'code' and f'_more' not in ''.join(c['source'])]:
+        exec(''.join(cell['source']), room)
+        if 'parameters' in cell['metadata'].get('tags', []): room |= given
+    table = room['table'].set_index('method'); there = [m for m in ('wav2lip', 'final_unsharp') if m in table.index]
+    assert 'final_unsharp' in there and ('wav2lip' in there) == (stage == 'table_main')
+    assert np.isfinite(table.loc[there, 'psnr']).all() and (table.loc[there, 'reason'] == '').all() and 'VQFR_v2.pth' in table.loc['final_vqfr', 'reason']
+
+
 def test_clips_that_do_not_count_are_told(rows):
     some = measured('a', 0, seeds=1) + measured('b', 0, seeds=1) + measured('c', 0, seeds=1)
     for r in some:
@@ -189,6 +255,8 @@ def test_ratio_of_variances():
     assert found.iloc[1]['ratio'] == found.iloc[1]['ratio_low'] == 1
     assert 'fewer than two clips' in found.iloc[2]['reason'] and 'fewer than two' in variance_markdown(found)
     variance_figure(found, reported=.84); variance_figure(variance_pairs(scattered('sync', 1), [('none', 'sync')]))
+    still = variance_figure(found.assign(ratio_low=0., ratio_high=100.), caption='Profile x.').axes[0]
+    assert {'<', '>'} <= {line.get_marker() for line in still.lines} and 'n = 30 clips' in still.get_yticklabels()[0].get_text() and still.get_xlabel()
 
 
 def openings(method, copied, seeds=2, clips=10, frames=40):
@@ -208,7 +276,7 @@ def test_leak_of_the_intervention():
     assert found['low']['random'] < .4 < found['high']['random'] and found['seeds']['random'] == 2 and found['n']['random'] == 10
     gap = leak_pairs(leak, [('closed', 'random'), ('other', 'random')])
     assert gap['mean'][0] == pytest.approx(found['mean']['closed'] - found['mean']['random']) and gap['better'][0] and gap['agree'][0]
-    assert gap['low'][0] < -.38 < gap['high'][0] and "'other'" in gap['reason'][1]
+    assert gap['low'][0] < -.38 < gap['high'][0] and "'other'" in gap['reason'][1] and gap['reason'][1].startswith('not measured')
     table = ablation_table(measured('random', 0) + measured('closed', 0), ['random', 'closed', 'other'], ['ssim', LEAK], extra=leak_summary(leak))
     assert table[LEAK].notna().tolist() == [True, True, False] and table['seeds'].tolist() == [3, 3, 0]
 

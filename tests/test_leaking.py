@@ -265,6 +265,17 @@ def test_a_generator_beats_the_truth_only_for_its_own_trainer(scores):
     figure, data = exploitation_figure(exploitation_table(scores, {'cunning': 'trainer', 'honest': None})); assert len(figure.axes) == 2
 
 
+def test_a_scale_that_may_be_nothing_is_not_used(scores):
+    "An expert that does not tell truth from wrong speech, and one that hardly does."
+    deaf = scores.assign(cosine=np.where(scores['scorer'] == 'judge', rng(0, 'deaf').normal(size=len(scores)), scores['cosine']))
+    table = exploitation_table(deaf, {'cunning': 'trainer', 'honest': None}, metrics=['cosine']); line = table[table['method'] == 'cunning'].set_index('role')
+    assert line.loc[['judge', 'difference'], ['relative', 'low', 'high']].isna().all(axis=None) and 'holds 0' in line['reason']['judge'] and line['reason']['trainer'] == ''
+    figure, _ = exploitation_figure(table, notes='No clean control.'); text = figure._supxlabel.get_text()
+    assert 'mean cosine by judge' in text.replace('\n', ' ') and 'No clean control.' in text.replace('\n', ' ')
+    far = table.assign(relative=table['relative']*50, high=table['high']*1e4); low, high = exploitation_figure(far)[0].axes[0].get_xlim()
+    assert -2 < low and high < 4
+
+
 def test_a_judge_that_trained_is_no_judge(scores):
     with pytest.raises(InputError, match='no judge'): exploitation_table(scores, {'cunning': 'judge'})
     with pytest.raises(InputError, match='no scores'): exploitation_table(scores, {'cunning': 'trainer'}, judge='nobody')
@@ -305,6 +316,8 @@ def test_the_unsteady_loss_is_found(tmp_path):
     assert table.loc[('plain', 0), 'sync_fluctuation'] > 2*table.loc[('steady', 0), 'sync_fluctuation']
     assert table.loc[('plain', 0), 'gradient_relative'] > 2*table.loc[('steady', 0), 'gradient_relative']
     figure, _ = training_figure(logs, {'one': ['plain', 'steady'], 'none': ['other']}); assert len(figure.axes) == 3
+    assert figure.axes[2].get_legend().get_window_extent().y1 < figure.axes[2].get_window_extent().y0 and 'Means of 10 steps' in figure._supxlabel.get_text()
+    figure, _ = training_figure(logs.assign(step=logs['step']//10), {'one': ['plain']}); assert 'Every step' in figure._supxlabel.get_text()
 
 
 def test_what_is_not_finite_is_counted_and_a_row_without_sync_refused(tmp_path):
@@ -350,7 +363,8 @@ def test_strips_show_the_closed_reference_and_tell_what_was_not_run(tmp_path):
     stored(tmp_path/'rows'/'setup_e', clips, silence='silent'); stored(tmp_path/'others'/'wav2lip', clips); write_json(tmp_path/'rows'/'setup_c'/'meta.json', dict(not_run='no weights'))
     rows = strip_rows([tmp_path/'rows', tmp_path/'others'], ['wav2lip', 'setup_c', 'setup_e'], clips, lambda name, faces: 255 - faces)
     assert np.array_equal(rows['setup_e'].references['a_0'], 255 - clips[0].faces[2]) and np.array_equal(rows['wav2lip'].references['a_0'], clips[0].faces[2])
-    figure, data = rows_figure(clips, rows, {'setup_c': 'C'}); assert any('C was not run: no weights' in t.get_text() for t in figure.texts)
+    figure, data = rows_figure(clips, rows, {'setup_c': 'C'}, notes='By rule.'); assert any('By rule.' in t.get_text() for t in figure.texts)
+    assert any('C was not run: no weights' in t.get_text() for t in figure.texts)
     with pytest.raises(InputError, match='no faces of final'): strip_rows([tmp_path/'rows'], ['final'], clips)
 
 

@@ -92,7 +92,7 @@ def test_provenance_says_what_made_it(checkout):
 
 def test_executed_notebooks_are_kept_without_stamps(checkout):
     kept = sorted((checkout/'runs'/'smoke'/'notebooks').glob('*.ipynb'))
-    assert len(kept) == 90
+    assert len(kept) == 95
     for path in kept: assert 'papermill' not in nbformat.read(path, 4).metadata
 
 
