@@ -104,7 +104,8 @@ def _seed_signs(each) -> dict:   # differences of single seeds
     "Differences of seeds, told, and whether all point the same way."
     each = np.asarray(each, np.float64); one = dict(seeds=len(each), per_seed='; '.join(f'{v:.4g}' for v in each))
     if len(each) < 2: return one
-    return one | dict(seed_low=float(each.min()), seed_high=float(each.max()), agree=bool((each > 0).all() or (each < 0).all()))
+    return one | dict(seed_low=float(each.min()), seed_high=float(each.max()),
+                      agree=bool((each > 0).all() or (each < 0).all()) if each.any() else None)
 
 def _whole_set(mean: float, by_seed, metric: str) -> dict:
     "A difference of measures of a whole set: no clips to draw, but trainings, from three on."
@@ -457,10 +458,10 @@ def variance_figure(found,                           # from `variance_pairs`
                     title: str = 'Ratio of variances over clips',
                     caption: str = ''):              # profile, network, seeds; figure
     "Ratios of variances with their intervals, on a logarithmic axis around 1."
-    shown = found[(found['reason'] == '') & np.isfinite(found['ratio'])]; ends = [1., reported or 1.]
+    shown = found[found['reason'] == '']; shown = shown[np.isfinite(shown['ratio'])] if len(shown) else shown; ends = [1., reported or 1.]
     seeds = lambda n: f"{n} training{'s' if n > 1 else ''} each"
     names = [f"{method_label(r['method'], labels)}\nby {method_label(r['other'], labels)}\nn = {r['n']} clips, {seeds(r['seeds'])}" for _, r in shown.iterrows()]
-    cut = shown['ratio_low'].lt(RATIO_ENDS[0]).any() or shown['ratio_high'].gt(RATIO_ENDS[1]).any()
+    cut = len(shown) and (shown['ratio_low'].lt(RATIO_ENDS[0]).any() or shown['ratio_high'].gt(RATIO_ENDS[1]).any())
     notes = [caption, 'Lines: 95 % bootstrap over clips, the same clips drawn for both.', 'Arrow: the interval goes on beyond the axis.' if cut else '']
     with plotting() as plt:
         fig, ax = plt.subplots(figsize=(6.4, 1.7 + .62*max(1, len(shown))), layout='constrained'); plt.close(fig)

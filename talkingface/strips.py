@@ -83,7 +83,7 @@ def rows_figure(clips, rows: dict,         # name -> `StripRow`
     cut = lambda f: None if f is None else np.asarray(f)[:, round(above*f.shape[1]):]
     left, gap, head = 1.25, .24, .06 + .26*bool(title); tall = size*(1 - above); wide = left + size*(columns + 1) + .12
     printed = [line for text in told for line in textwrap.wrap(text, int(15.5*wide))]
-    inches = wide, head + (tall*(len(drawn) + 1) + gap)*len(clips) + .14*len(printed) + .05
+    inches = wide, head + (tall*(len(drawn) + 1) + gap)*len(clips) + .14*len(printed) + (.14 if printed else .05)
     lines = []
     with plotting() as plt:
         fig = plt.figure(figsize=inches); plt.close(fig); y = head

@@ -424,8 +424,9 @@ def set_interval(metric: str, parts, scorers: Scorers, seed: int = 0, draws: int
     if len(good) < 2: return float('nan'), float('nan')
     picks = rng(seed, 'set interval', metric).integers(0, len(good), (draws, len(good)))
     values = [score.finish([good[i] for i in pick], scorers, name)[0] for pick in picks]
-    values = [v for v in values if v is not None and np.isfinite(v)]
-    if not values: return float('nan'), float('nan')
+    finite = [v for v in values if v is not None and np.isfinite(v)]
+    if len(finite) < .95*draws: return float('nan'), float('nan')       # undefined draws left out would narrow it
+    values = finite
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

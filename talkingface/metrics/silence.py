@@ -108,7 +108,8 @@ def lip_leak(parts,              # list of `leak_sums`, one per clip
     stacked = {k: np.stack([np.asarray(p[k], np.float64) for p in parts]) for k in total}
     picks = rng(seed, 'lip_leak').multinomial(len(parts), np.full(len(parts), 1 / len(parts)), draws)
     drawn = [leak_coefficients({k: np.tensordot(w, v, 1) for k, v in stacked.items()})[0] for w in picks]
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(drawn).any() else (np.nan, np.nan)
+    known = np.isfinite(drawn).mean() >= .95              # draws in which the openings do not vary would narrow the interval
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if known else (np.nan, np.nan)
     return out | dict(low=float(low), high=float(high))
 
 # %% ../../nbs/08_metrics/02_silence.ipynb #65e94cb5
