@@ -9,6 +9,7 @@ __all__ = ['KEPT_MEMORY', 'NOISE', 'CorpusParams', 'PrepareParams', 'GeneratePar
 
 # %% ../nbs/10_pipeline.ipynb #047828dd
 import calendar
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from .core import (InputError, ParamsError, TalkingFaceError, atomic_path, read_json, repository_root, typed, unknown_key,
                               write_json)
+from .kernels import kernel_name, preloaded_kernels
 
 # %% ../nbs/10_pipeline.ipynb #3b5fb590
 @dataclass
@@ -90,6 +92,7 @@ class Params:
     reported: list[str]            # experts of their table
     warm_ups: dict[str, dict]      # starts that rows share
     silencers: dict[str, dict]     # generators that close mouths
+    rivals: dict[str, dict]        # generators of other papers
     rows: dict[str, dict]
     others: dict[str, dict]        # methods of the tables that are no rows
     leak: list[str]                # rows whose leak is measured by intervention
@@ -196,7 +199,7 @@ def run_stage(notebook: str | Path,   # relative to the checkout
     os.environ.update({key: os.environ.get(key, value) for key, value in KEPT_MEMORY.items()})
     start, log = time.time(), kept/'log'/f'{name}.json'; log.unlink(missing_ok=True)
     try:
-        papermill.execute_notebook(str(source), str(done), parameters=parameters, kernel_name='python3', cwd=str(root),
+        papermill.execute_notebook(str(source), str(done), parameters=parameters, kernel_name=kernel_name(), cwd=str(root),
                                    progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as error:
         raise StageError(f"stage {name} failed: {error.ename}: {error.evalue}\nThe executed notebook with the whole "
@@ -242,12 +245,12 @@ def upstream(graph: dict[str, set], stages: list[str] | None) -> set[str]:
 NOISE = re.compile(r'IPKernelApp|Kernel is running over TCP|frozen_modules|^\s*$|[Tt]o track the changes with git|git add|enable auto staging'
                    r'|dvc config core.autostage|Use `dvc push`')
 
-def _run_one(root: Path, name: str, width: int) -> None:
+def _run_one(root: Path, name: str, width: int, environment: dict) -> None:
     "Let DVC run one stage, its output shown line by line with the stage's name before it."
     command = [sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', '--single-item', name]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"        # dvc.yaml says `python`: it must be this one
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace',
-                               env={**os.environ, 'PATH': path})
+                               env={**os.environ, **environment, 'PATH': path})
     tail = []
     for line in process.stdout:
         for part in line.replace('\r', '\n').splitlines():
@@ -266,11 +269,12 @@ def repro(root: str | Path = '.',      # the checkout
     todo = [n for n in affected(graph, changed) if n in wanted]; waiting = list(todo); done, running, failed, start = set(), {}, [], time.time()
     print(f"{len(wanted)} stages, {len(todo)} to run: {', '.join(todo) or 'everything is up to date'}", flush=True)
     width = max(map(len, todo), default=0)
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+    kernels = preloaded_kernels({**KEPT_MEMORY, 'OMP_NUM_THREADS': '1'}) if len(todo) > 3 else contextlib.nullcontext({})
+    with kernels as environment, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         while waiting or running:
             for name in [n for n in waiting if not (graph[n] & set(todo)) - done]:
                 if len(running) >= (jobs or os.cpu_count()): break
-                waiting.remove(name); running[pool.submit(_run_one, root, name, width)] = (name, time.time())
+                waiting.remove(name); running[pool.submit(_run_one, root, name, width, environment)] = (name, time.time())
             ready, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ready:
                 name, began = running.pop(future)

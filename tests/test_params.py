@@ -35,7 +35,7 @@ def test_every_block_fills_its_dataclass(params, profile):
     typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
     typed(FeatureParams, {**place, **block['perceptual']})
     for name in block['evaluate']['metrics']: assert metric_info(name).name in CLIP_SCORES.keys() | SET_SCORES.keys()
-    for part in ('warm_ups', 'silencers', 'rows'):
+    for part in ('warm_ups', 'silencers', 'rivals', 'rows'):
         for row in params[part].values():
             what, settings = row_settings(row, block['generator'], {}, **place)
             generator_class(what.generator['name'])
@@ -51,9 +51,9 @@ def test_losses_of_paper_a_have_its_weights(params):
 
 def test_what_rows_name_is_there(params):
     for row in params['rows'].values():
-        assert row['start'] in params['warm_ups'] and row.get('silence') in {None, *params['silencers']} and row.keys() <= set(PLACES)
+        assert row['start'] in params['warm_ups'] and row.get('silence') in {None, *params['silencers'], *params['rivals']} and row.keys() <= set(PLACES)
     for name in (*params['leak'], *params['exploitation']): assert name in params['rows']
-    for how in params['others'].values(): assert how.get('of', 'final') in params['rows'] and how.get('silencer', 'silent') in params['silencers']
+    for how in params['others'].values(): assert how.get('of', 'final') in params['rows'] and how.get('silencer', 'silent') in {*params['silencers'], *params['rivals']}
 
 
 def test_neighbouring_rows_differ_in_one_thing(params):
@@ -70,14 +70,14 @@ def test_neighbouring_rows_differ_in_one_thing(params):
 
 def test_the_generator_stage_waits_for_what_its_rows_name(root, params):
     deps = yaml.safe_load((root/'dvc.yaml').read_text())['stages']['train_generator']['deps']
-    names = {row.get('expert') for part in ('rows', 'silencers') for row in params[part].values()} | {w['audio'] for w in params['warm_ups'].values()}
+    names = {row.get('expert') for part in ('rows', 'silencers', 'rivals') for row in params[part].values()} | {w['audio'] for w in params['warm_ups'].values()}
     assert names - {None, 'joint', 'wav2vec2'} <= {d.rsplit('/', 1)[1] for d in deps if '/experts/' in d and 'runs/' in d}
     assert {'warm_ups', 'silencers', 'perceptual'} <= {d.rsplit('/', 1)[1] for d in deps}
 
 
 @pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
 def test_the_judge_trains_nothing(params, profile):
-    assert all(row.get('expert') != 'judge' for part in ('rows', 'silencers', 'warm_ups') for row in params[part].values())
+    assert all(row.get('expert') != 'judge' for part in ('rows', 'silencers', 'rivals', 'warm_ups') for row in params[part].values())
     build_expert(params['profiles'][profile]['experts']['judge']['net'])
 
 

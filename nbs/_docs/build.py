@@ -58,10 +58,23 @@ def executed_stages() -> list[tuple[Path, Path | None]]:
 
 def from_site(text: str) -> str:
     "Links that the index writes for the checkout, as links within the site."
+    text = re.sub(r'\[claims\.md\]\(\.\./paper_figures/(\w+)/claims\.md\)', r'[claims](claims_\1.md)', text)
     text = re.sub(r'\[([^\]]*)\]\(\.\./paper_figures/[^)]*\.md\)', r'`\1`', text)      # a table has its own page: that of its stage
     text = re.sub(r'(\]\(|src=")\.\./(paper_figures/)', r'\1_static/\2', text)
     text = re.sub(r'\]\(\.\./(LICENSE|CHANGELOG\.md)\)', lambda m: '](licences.md)' if m[1] == 'LICENSE' else '](changelog.md)', text)
     return re.sub(r'\]\(\.\./[^)]*\)', '](index.ipynb)', text)
+
+
+def results(profile: Path) -> dict[str, str]:
+    "Pages of the tracked results of a profile: the ledger of claims, and every table and figure as a picture."
+    pages = {}
+    if (profile/'claims.md').is_file(): pages[f'claims_{profile.name}'] = f'# Claims of the papers, profile {profile.name}\n\n' + (profile/'claims.md').read_text()
+    shown = sorted(profile.rglob('*.png'), key=lambda p: (len(p.relative_to(profile).parts), p.as_posix()))
+    if not shown: return pages
+    name = lambda p: p.relative_to(profile).with_suffix('').as_posix()
+    parts = [f'## {name(p)}\n\n![{name(p)}](_static/paper_figures/{p.relative_to(ROOT/"paper_figures").as_posix()})\n' for p in shown]
+    pages[f'results_{profile.name}'] = f'# Tables and figures, profile {profile.name}\n\nEach comes as `.png`, `.pdf` and the `.csv` that it is drawn from.\n\n' + '\n'.join(parts)
+    return pages
 
 
 def toctree(caption: str, entries: list[str]) -> str:
@@ -86,10 +99,12 @@ def prepare() -> None:
         if copy: head.source = head.source.replace('\n', f' ({copy.stem.split("@")[1]})\n', 1) if '\n' in head.source else f'{head.source} ({copy.stem.split("@")[1]})'
         else: head.source += '\n\n:::{note}\nThis stage has not been run in this checkout, so its page has no outputs. `make repro` runs it.\n:::'
         write(nb, target, names); stages.append(target.relative_to(SOURCE).with_suffix('').as_posix())
+    told = {name: text for profile in sorted((ROOT/'paper_figures').glob('*/')) if profile.name in PROFILES for name, text in results(profile).items()}
+    for name, text in told.items(): (SOURCE/f'{name}.md').write_text(text)
     index = execute(NBS/'index.ipynb', ROOT)
     relative = lambda p: p.relative_to(NBS).with_suffix('').as_posix()
     tocs = toctree('Guides', [relative(p) for p in notebooks(NBS/'guides')]) + '\n' + toctree('Library', [relative(p) for p in library()]) + \
-        '\n' + toctree('Pipeline and papers', stages) + '\n' + toctree('About', ['changelog', 'licences'])
+        '\n' + toctree('Results', list(told)) + '\n' + toctree('Pipeline and papers', stages) + '\n' + toctree('About', ['changelog', 'licences'])
     index.cells.append(nbformat.v4.new_markdown_cell(tocs))
     for cell in index.cells:
         if cell.cell_type == 'markdown': cell.source = from_site(cell.source)
