@@ -146,7 +146,7 @@ class GeneratorTraining:
     def step(self, k: int, raw: dict) -> dict:
         batch = make_batch(raw, self.generator.size)
         if self.silencer is not None:
-            with self.fabric.autocast(): batch = self.silencer.close(batch)
+            batch = self.silencer.close(batch)              # in full precision, as at test
         output = self.modules['generator'](batch)
         with self.fabric.autocast(): loss, logs = total_loss(self.terms, self.weights, output, batch)
         norms = {'grad_generator': self.update('generator', loss)}
@@ -236,6 +236,7 @@ def train_generator(store,                            # clips with split train a
     fabric.seed_everything(params.seed, verbose=False)
     generator = (build_generator(row.generator) if start is None else copy_of(start)).to(memory_format=torch.channels_last)
     if start is None and audio is not None: generator.load_audio(audio)
+    fabric.seed_everything(derive_seed(params.seed, 'discriminator') % 2**31, verbose=False)     # starts alike, whatever was built before
     training = GeneratorTraining(fabric, generator, row, params, expert, features, silencer)
     run = fit(fabric, training.modules, training.optimizers, batches, training.step, params.steps, out, config, data, params.seed,
               warmup_cosine(params.warmup), describe=lambda k: {'weights': training.weights},
