@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Voice', 'load_voice', 'revoice', 'ground_truth', 'reencoded', 'random_frame', 'static_frame', 'dub',
-           'save_faces', 'stored_faces', 'revoice_row', 'revoice_published', 'restore_row', 'generate_others',
-           'other_speech']
+           'save_faces', 'stored_faces', 'revoice_row', 'revoice_published', 'row_folders', 'restore_row',
+           'generate_others', 'other_speech']
 
 # %% ../nbs/07_dubbing.ipynb #89b09d19
 import tempfile
@@ -244,6 +244,14 @@ def revoice_published(method: str, file: str,  # in the weights folder
     except MissingWeights as error: return _left_out(Path(out), method, reason_of(error), clips)
     _revoice(Voice(net), method, clips, Path(out), seed, dict(generator=net.meta['sha256'], network=net.config, trained=net.meta))
     return ''
+
+def row_folders(folder: str | Path      # generated/ROW
+               ) -> dict[int, Path]:    # number of the training -> folder; empty if the row was not run
+    "The trainings whose faces lie in a folder of `revoice_row`."
+    folder = Path(folder)
+    if not (folder/'meta.json').is_file():
+        raise InputError(f"{folder} has no meta.json; run the stage that writes it, or leave the row out")
+    return {} if read_json(folder/'meta.json').get('not_run') else seed_folders(folder)
 
 def restore_row(method: str, restorer: str,   # of `RESTORERS`
                 source: str | Path,           # faces of another method

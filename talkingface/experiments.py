@@ -7,8 +7,8 @@ __all__ = ['ROW_KEY', 'PUBLISHED_FIELDS', 'METHOD_LABELS', 'REFERENCES', 'PUBLIS
            'RULE', 'DASHES', 'MARKERS', 'check_rows', 'write_rows', 'read_rows', 'bootstrap_interval', 'summarise',
            'degradation_order', 'paired_difference', 'published', 'told_beside', 'metric_columns', 'metric_table',
            'metric_label', 'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'save_figure',
-           'draw_table', 'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'write_provenance',
-           'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
+           'draw_table', 'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'write_columns',
+           'read_columns', 'write_provenance', 'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
 
 # %% ../nbs/09_experiments.ipynb #9173cba8
 from contextlib import contextmanager
@@ -464,6 +464,24 @@ def qualitative_strip(lines: dict,           # {label: (T,3,H,W) uint8 frames of
     "Rows of face crops of one clip at the same moments."
     frames = np.asarray(frames)
     return draw_strips([(clip, {label: np.asarray(faces)[frames] for label, faces in lines.items()}, frames)], title, fps)
+
+# %% ../nbs/09_experiments.ipynb #d5dd96dd
+def write_columns(path: str | Path, table, fields: tuple, digits: int = 6) -> Path:
+    "Write a table of exactly these columns as CSV, atomically; equal tables give equal bytes."
+    if tuple(table) != fields: raise InputError(f"expected the columns {', '.join(fields)}, got {', '.join(table)}")
+    with atomic_path(path) as part: table.to_csv(part, index=False, lineterminator='\n', float_format=f'%.{digits}g')
+    return Path(path)
+
+def read_columns(path: str | Path, fields: tuple,
+                 stage: str,           # that writes it, for the error
+                 **options             # of pandas.read_csv
+                ):                     # DataFrame
+    "A table that `write_columns` wrote; one with other columns is refused."
+    import pandas as pd
+    if not Path(path).is_file(): raise InputError(f"no such file: {path}; run the stage {stage} that writes it")
+    table = pd.read_csv(path, **options)
+    if tuple(table) != fields: raise InputError(f"{path}: expected the columns {', '.join(fields)}, got {', '.join(table)}")
+    return table
 
 # %% ../nbs/09_experiments.ipynb #b7dae1c0
 def write_provenance(folder: str | Path,   # e.g. paper_figures/demo

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAK_FIELDS', 'FEWEST_FINITE', 'STRATEGIES', 'CLOSED_FIELDS', 'LeakParams', 'load_opening', 'drawn_references',
-           'leak_rows', 'write_leak', 'read_leak', 'row_folders', 'not_run', 'evaluate_leak', 'leak_table',
-           'leak_difference', 'leak_cells', 'leak_differences', 'row_label', 'leak_figure', 'leak_forest',
-           'close_faces', 'load_silencer', 'closing', 'closed_rows', 'closed_numbers', 'closed_figure']
+           'leak_rows', 'write_leak', 'read_leak', 'not_run', 'evaluate_leak', 'leak_table', 'leak_difference',
+           'leak_cells', 'leak_differences', 'row_label', 'leak_figure', 'leak_forest', 'close_faces', 'load_silencer',
+           'closing', 'closed_rows', 'closed_numbers', 'closed_figure']
 
 # %% ../nbs/10_leaking.ipynb #f14c8140
 import textwrap
@@ -17,10 +17,11 @@ from typing import Callable
 
 import numpy as np
 
-from .core import InputError, atomic_path, progress, read_json, rng
+from .core import InputError, progress, read_json, rng
 from .data.clips import reference_frames
-from .dubbing import load_voice, stored_faces
-from .experiments import INK, METHOD_LABELS, QUIET_INK, RULE, palette, plotting
+from .dubbing import load_voice, row_folders, stored_faces
+from .experiments import (INK, METHOD_LABELS, QUIET_INK, RULE, palette, plotting, read_columns,
+                                     write_columns)
 from .experts.landmarks import build_landmarker
 from .generators.base import build_generator
 from .generators.references import Silencer, shown_faces
@@ -77,30 +78,13 @@ def leak_rows(method: str,
 # %% ../nbs/10_leaking.ipynb #eb20f988
 def write_leak(path: str | Path, rows) -> Path:
     "Write rows as CSV, atomically; equal rows give equal bytes."
-    if tuple(rows) != LEAK_FIELDS: raise InputError(f"expected the columns {', '.join(LEAK_FIELDS)}, got {', '.join(rows)}")
-    with atomic_path(path) as part: rows.to_csv(part, index=False, lineterminator='\n', float_format='%.5g')
-    return Path(path)
+    return write_columns(path, rows, LEAK_FIELDS, 5)
 
 def read_leak(path: str | Path):   # DataFrame of LEAK_FIELDS
     "Rows as `write_leak` wrote them."
-    import pandas as pd
-    if not Path(path).is_file(): raise InputError(f"no such file: {path}; run the stage evaluate_leak that writes it")
-    rows = pd.read_csv(path, dtype={k: str for k in ('profile', 'method', 'policy', 'clip')})
-    if tuple(rows) != LEAK_FIELDS:
-        raise InputError(f"{path}: expected the columns {', '.join(LEAK_FIELDS)}, got {', '.join(rows)}")
-    return rows
+    return read_columns(path, LEAK_FIELDS, 'evaluate_leak', dtype={k: str for k in ('profile', 'method', 'policy', 'clip')})
 
 # %% ../nbs/10_leaking.ipynb #3c2bc04b
-def row_folders(folder: str | Path      # generated/ROW
-               ) -> dict[int, Path]:    # number of the training -> folder; empty if the row was not run
-    "The trainings of a row."
-    folder = Path(folder)
-    if not (folder/'meta.json').is_file():
-        raise InputError(f"{folder} has no meta.json; run the stage that writes it, or leave the row out")
-    if read_json(folder/'meta.json').get('not_run'): return {}
-    more = {int(p.name[5:]): p for p in folder.glob('seed-*') if (p/'meta.json').is_file()}
-    return {0: folder} | dict(sorted(more.items()))
-
 def not_run(generated: str | Path, names: list[str]) -> dict[str, str]:
     "The rows that were not run, and why."
     reasons = {name: read_json(Path(generated)/name/'meta.json').get('not_run') for name in names
