@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KEPT_MEMORY', 'NOISE', 'CorpusParams', 'PrepareParams', 'GenerateParams', 'EvaluateParams', 'FigureParams', 'Profile',
            'Params', 'read_params', 'params_block', 'select_profiles', 'stage_parameters', 'check_parameters',
-           'StageError', 'run_stage', 'stage_graph', 'affected', 'upstream', 'repro', 'stage_times', 'busy_seconds']
+           'StageError', 'run_stage', 'stage_graph', 'affected', 'most_awaited', 'upstream', 'repro', 'stage_times',
+           'busy_seconds']
 
 # %% ../nbs/10_pipeline.ipynb #047828dd
 import calendar
@@ -232,6 +233,11 @@ def affected(graph: dict[str, set], changed: set) -> list[str]:
     for name in sorted(graph): visit(name)
     return order
 
+def most_awaited(graph: dict[str, set], names: list[str]) -> list[str]:
+    "The same stages, those first for which most of them wait, directly or not; of equals the order stays."
+    names = list(names); needed = {n: upstream(graph, [n]) for n in names}
+    return sorted(names, key=lambda n: -sum(n in needed[m] for m in names))
+
 def upstream(graph: dict[str, set], stages: list[str] | None) -> set[str]:
     "Stages named by `stages` (`prepare` names `prepare@demo` too) with all that they need; every stage for None."
     if stages is None: return set(graph)
@@ -266,7 +272,7 @@ def repro(root: str | Path = '.',      # the checkout
     "Bring stages up to date as `dvc repro` would, independent ones side by side. A failure lets running stages end, and starts no more."
     root = repository_root(root); read_params(root); os.environ.setdefault('OMP_NUM_THREADS', '1')
     graph, changed = stage_graph(root); wanted = upstream(graph, stages)
-    todo = [n for n in affected(graph, changed) if n in wanted]; waiting = list(todo); done, running, failed, start = set(), {}, [], time.time()
+    todo = [n for n in affected(graph, changed) if n in wanted]; waiting = most_awaited(graph, todo); done, running, failed, start = set(), {}, [], time.time()
     print(f"{len(wanted)} stages, {len(todo)} to run: {', '.join(todo) or 'everything is up to date'}", flush=True)
     width = max(map(len, todo), default=0)
     kernels = preloaded_kernels({**KEPT_MEMORY, 'OMP_NUM_THREADS': '1'}) if len(todo) > 3 else contextlib.nullcontext({})

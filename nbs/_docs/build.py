@@ -16,6 +16,7 @@ from pages import directives, execute, module_of, page, public_definitions, with
 ROOT = Path(__file__).resolve().parents[2]
 NBS, SOURCE, SITE = ROOT/'nbs', ROOT/'_docs_src', ROOT/'_docs'
 PROFILES = ('demo', 'medium', 'bench', 'paper', 'smoke')
+PAPERS = {'stabilized_sync': 'Paper A, stabilized synchronization loss', 'av_expert': 'Paper B, AV-HuBERT as expert', 'g4g': 'Paper C, G4G'}
 
 
 def notebooks(folder: Path, pattern: str = '*.ipynb') -> list[Path]:
@@ -69,11 +70,14 @@ def results(profile: Path) -> dict[str, str]:
     "Pages of the tracked results of a profile: the ledger of claims, and every table and figure as a picture."
     pages = {}
     if (profile/'claims.md').is_file(): pages[f'claims_{profile.name}'] = f'# Claims of the papers, profile {profile.name}\n\n' + (profile/'claims.md').read_text()
-    shown = sorted(profile.rglob('*.png'), key=lambda p: (len(p.relative_to(profile).parts), p.as_posix()))
-    if not shown: return pages
-    name = lambda p: p.relative_to(profile).with_suffix('').as_posix()
-    parts = [f'## {name(p)}\n\n![{name(p)}](_static/paper_figures/{p.relative_to(ROOT/"paper_figures").as_posix()})\n' for p in shown]
-    pages[f'results_{profile.name}'] = f'# Tables and figures, profile {profile.name}\n\nEach comes as `.png`, `.pdf` and the `.csv` that it is drawn from.\n\n' + '\n'.join(parts)
+    folders = {}
+    for p in sorted(profile.rglob('*.png'), key=lambda p: (len(p.relative_to(profile).parts) == 1, p.as_posix())):
+        folders.setdefault(p.parent.relative_to(profile).as_posix(), []).append(p)
+    if not folders: return pages
+    link = lambda p: f'_static/paper_figures/{p.relative_to(ROOT/"paper_figures").as_posix()}'
+    parts = [text for folder, paths in folders.items() for text in
+             (f'## {PAPERS.get(folder, "Corpus, experts and metrics")}\n', *(f'### {p.stem}\n\n[![{p.stem}]({link(p)})]({link(p)})\n' for p in paths))]
+    pages[f'results_{profile.name}'] = f'# Tables and figures, profile {profile.name}\n\nEach comes as `.png`, `.pdf` and the `.csv` that it is drawn from; a click shows it whole.\n\n' + '\n'.join(parts)
     return pages
 
 
@@ -109,7 +113,8 @@ def prepare() -> None:
     for cell in index.cells:
         if cell.cell_type == 'markdown': cell.source = from_site(cell.source)
         for output in cell.get('outputs', []):
-            if 'text/markdown' in output.get('data', {}): output.data['text/markdown'] = from_site(output.data['text/markdown'])
+            if 'text/markdown' in output.get('data', {}):       # links of outputs are not resolved to pages
+                output.data['text/markdown'] = re.sub(r'\]\((claims_\w+)\.md\)', r'](\1.html)', from_site(output.data['text/markdown']))
     write(index, SOURCE/'index.ipynb', names)
     shutil.copy(ROOT/'CHANGELOG.md', SOURCE/'changelog.md'); shutil.copy(Path(__file__).parent/'licences.md', SOURCE/'licences.md')
 
