@@ -222,7 +222,7 @@ def leak_differences(leak, other: str, policy: str = 'per_frame', seed: int = 0)
 STRATEGIES = {'setup_b': 'Random, plain loss', 'ref_random': 'Random frame', 'ref_fixed': 'One fixed frame',
               'ref_lowest': 'Lowest similarity',
               'ref_closed': 'Smallest opening', 'ref_wav2lip': 'Closed by Wav2Lip', 'setup_e': 'Closed by G_S', 'setup_d': 'Closed by G_S, plain loss',
-              'setup_g': 'Setup G', 'final': 'Final', 'wav2lip': 'Wav2Lip', 'silent': 'G_S'}
+              'setup_f': 'Setup F', 'setup_g': 'Setup G', 'sync_none': 'No sync loss', 'final': 'Final', 'wav2lip': 'Wav2Lip', 'silent': 'G_S'}
 
 def row_label(name: str, labels: dict | None = None) -> str:
     "What figures call a row: the label given, that of the strategies, or its name."
