@@ -281,6 +281,42 @@ def _bench_metrics(args) -> int:
     run_metric_benchmarks(repository_root(), args.profile, args.seconds, args.real, full=not args.small)
     return 0
 
+# %% ../nbs/13_cli.ipynb #844815c8
+def _study(args) -> int:
+    return _study_build(args) if args.action == 'build' else _study_collect(args)
+
+def _study_build(args) -> int:
+    from talkingface.study import build_study, method_folders
+    if not args.method: raise InputError("study build: expected --method NAME=DIR for every method that is compared")
+    scales = [*args.scales.split(','), *args.scale]
+    made = build_study(method_folders(args.method), args.out, args.clips, scales, args.seed, args.raters)
+    for note in made['notes']: print(f'note: {note}', file=sys.stderr)
+    print(f"{len(made['items'])} videos: {len(made['clips'])} clips by {len(made['methods'])} methods; raters 1 to "
+          f"{made['raters']}, about {made['minutes']} min each\nsend {Path(args.out)/'page'} to raters, each with a number "
+          f"(index.html?rater=3 fills it in); keep {Path(args.out)/'key.json'}, which names the methods")
+    return 0
+
+def _study_collect(args) -> int:
+    from talkingface.study import collect_study
+    if not args.study or not args.ratings:
+        raise InputError("study collect: expected --study DIR, as study build made it, and --ratings FILES of raters")
+    done = collect_study(args.study, args.ratings, args.out, _reported(args.paper), args.seed)
+    table = Path(args.out)/'table.md'
+    for line in done['files'].itertuples():
+        became = 'incomplete' if line.used == 'yes' else 'left out'
+        if line.reason: print(f'{became}: {line.file}: {line.reason}', file=sys.stderr)
+    if table.is_file(): print(table.read_text(encoding='utf-8'))
+    print(f"{done['files_used']} of {done['files_given']} files used, {done['ratings_used']} of {done['ratings_given']} ratings; "
+          f"{args.out}")
+    return 0 if done['ratings_used'] == done['ratings_given'] else 1
+
+def _reported(paper: str):
+    "Published scores of the user study of a paper; None for none, or outside a checkout."
+    from talkingface.experiments import published
+    try: root = repository_root()
+    except InputError: return None
+    return None if paper == 'none' else published(root/'nbs'/'papers'/'published.csv', paper=paper, table='table_03')
+
 # %% ../nbs/13_cli.ipynb #58af3af5
 def _common(parser, *names):
     "Options that several commands share."
@@ -364,6 +400,25 @@ def _evaluate_options(p) -> None:
     _common(p, 'device', 'seed', 'workers'); p.add_argument('--profile', default='demo', help='name in the rows')
 
 # %% ../nbs/13_cli.ipynb #86eaa9ae
+def _study_command(add) -> None:
+    p = add('study', _study, 'make the page of a user study, or turn what raters sent back into scores; '
+                             'collect: status 1 if a file or a rating is left out')
+    p.add_argument('action', choices=['build', 'collect'])
+    p.add_argument('--out', required=True, metavar='DIR', help='new or empty folder')
+    p.add_argument('--method', action='append', metavar='NAME=DIR',
+                   help='build: a method and its videos, one for each clip, under the same names; repeated. '
+                        'The first is what the others are compared with')
+    p.add_argument('--clips', type=int, help='build: draw so many of the clips (default: all)')
+    p.add_argument('--scales', default='visual,sync,realness', help='build: what is rated (default: visual,sync,realness)')
+    p.add_argument('--scale', action='append', default=[], metavar='NAME=QUESTION', help='build: a scale of your own, repeated')
+    p.add_argument('--raters', type=int, help='build: for how many orders are made (default: at least 20, balanced)')
+    p.add_argument('--study', metavar='DIR', help='collect: the folder that study build made')
+    p.add_argument('--ratings', nargs='+', metavar='FILE', help='collect: the files that raters sent back')
+    p.add_argument('--paper', default='av_expert', choices=['av_expert', 'g4g', 'none'],
+                   help='collect: whose reported scores stand beside those of methods of the same name')
+    _common(p, 'seed')
+
+# %% ../nbs/13_cli.ipynb #56b9b58e
 def _weight_commands(add) -> None:
     p = add('weights', _weights, 'list every known weights file and whether it is there, or convert one to safetensors')
     p.add_argument('action', nargs='?', choices=['list', 'convert'], default='list')
@@ -397,7 +452,7 @@ def build_parser() -> argparse.ArgumentParser:
     def add(name, function, text):
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
         sub.set_defaults(function=function); return sub
-    _data_commands(add); _model_commands(add); _weight_commands(add); _pipeline_commands(add)
+    _data_commands(add); _model_commands(add); _study_command(add); _weight_commands(add); _pipeline_commands(add)
     return parser
 
 # %% ../nbs/13_cli.ipynb #902b7831

@@ -27,7 +27,7 @@ def told(capsys, *argv, status=1) -> str:
 
 
 def test_help_of_every_command(capsys):
-    for command in ('corpus', 'prepare', 'doctor', 'train', 'generate', 'evaluate', 'weights', 'repro', 'stage', 'real', 'bench'):
+    for command in ('corpus', 'prepare', 'doctor', 'train', 'generate', 'evaluate', 'weights', 'study', 'repro', 'stage', 'real', 'bench'):
         with pytest.raises(SystemExit) as stop: main([command, '--help'])
         assert stop.value.code == 0 and 'usage' in capsys.readouterr().out
 
