@@ -38,13 +38,13 @@ class ExpertLoss(LossTerm):
             raise InputError(f"{type(self).__name__} needs an expert that hears mels (syncnet, light_syncnet, avsyncnet); "
                              f"{type(expert).__name__} hears something else. Use one of these, or write a loss that gives it "
                              "its own sound")
-        self.expert, self.rescale = frozen(expert), rescale
+        self.expert, self.rescale, self._looked = frozen(expert), rescale, False
 
     def similarities(self, output: Tensor,   # (B, T, 3, H, W), carries gradient
                      batch, *others: Tensor  # more faces of that shape; no gradient
                     ) -> list[Tensor]:       # (B, N) each, of every window; in [0, 1] if rescaled
         "AVsim of the output and of other faces with the speech of the batch."
-        if self.expert.training: raise InputError("the expert of a sync loss must be in evaluation mode; call frozen(expert)")
+        self._check(output, batch)
         for other in others:
             if other.shape != output.shape:
                 raise InputError(f"expected target and reference like the output {tuple(output.shape)}, "
@@ -65,6 +65,31 @@ class ExpertLoss(LossTerm):
         "AVsim of every window of the frames with its speech."
         return self.similarities(output, batch)[0]
 
+    def _check(self, output: Tensor, batch) -> None:
+        "What goes wrong in a loop of one's own: mode, device and precision of the expert at every call, the range of frames at the first."
+        lacking = [n for n in self.needs if getattr(batch, n, None) is None]
+        if lacking: raise InputError(f"{self.name} needs {', '.join(self.needs)} as attributes of the batch, got {type(batch).__name__} without "
+                                     f"{', '.join(lacking)}; give GeneratorBatch or types.SimpleNamespace({lacking[0]}=...)")
+        tensors = [*self.expert.parameters(), *self.expert.buffers()]; own = next((t for t in tensors if t.is_floating_point()), output)
+        if any(m.training for m in self.expert.modules()):
+            raise InputError("the expert of a sync loss must be in evaluation mode; call frozen(expert)")
+        if own.device != output.device:
+            raise InputError(f"the expert of {self.name} is on {own.device}, the frames are on {output.device}; call loss.to('{output.device}') once")
+        if own.dtype != torch.promote_types(output.dtype, torch.float32):
+            raise InputError(f"the expert of {self.name} computes in {own.dtype}, the frames are {output.dtype}; call expert.float() (autocast is left inside the loss)")
+        if not self._looked:
+            for key in {'target', 'reference', 'raw_reference'} & set(vars(batch) if hasattr(batch, '__dict__') else ()):
+                self._look(key, getattr(batch, key))
+            self._looked = True
+
+    def _look(self, key: str, frames: Tensor | None) -> None:
+        if frames is None or not frames.numel(): return
+        if not frames.is_floating_point(): raise InputError(f"{key}: expected floats in [0, 1], got {frames.dtype}; divide them by 255")
+        low, high = (v.item() for v in frames.aminmax())
+        if not (-.5 <= low and high <= 1.5):
+            fix = 'divide by 255' if high > 1.5 else 'give (x + 1)/2'
+            raise InputError(f"{key}: expected floats in [0, 1], got values from {low:.3g} to {high:.3g}; {fix}, and the output of the generator too")
+
 def _at_least_float32(x: Tensor) -> Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def _inside(name: str, value: float) -> float:
@@ -80,7 +105,7 @@ class SyncLoss(ExpertLoss):
     "-log of the cosine between generated frames and their speech, as a frozen expert sees it (Wav2Lip)."
     name = 'sync'
 
-    def __init__(self, expert: SyncExpert,      # as for `ExpertLoss`
+    def __init__(self, expert: SyncExpert, *,   # as for `ExpertLoss`
                  rescale: bool = False,
                  floor: float = 1e-4):          # smallest value under the logarithm
         super().__init__(expert, rescale); self.floor = _inside('floor', floor)
@@ -110,12 +135,12 @@ class PenaltySyncLoss(SyncLoss):
     "-log x times 1 + max(0, d - y): the plain loss, heavier where the reference fits the speech better than the truth (ours)."
     name, needs = 'penalty_sync', ('mel_window', 'target', 'reference')
 
-    def __init__(self, expert: SyncExpert,         # as for `ExpertLoss`
+    def __init__(self, expert: SyncExpert, *,      # as for `ExpertLoss`
                  reference: str = 'raw',           # of which reference d is taken: 'raw' or 'silent'
                  weight: float = 1.,               # lambda, of the penalty
                  rescale: bool = False,
                  floor: float = 1e-4):             # smallest value under the logarithm
-        super().__init__(expert, rescale, floor)
+        super().__init__(expert, rescale=rescale, floor=floor)
         if reference not in REFERENCES: raise unknown_key(reference, REFERENCES, f'{self.name}.reference')
         if weight < 0: raise ParamsError(f"weight must be at least 0, got {weight}")
         self.reference, self.weight = reference, weight
@@ -129,7 +154,7 @@ class StabilizedSyncLoss(ExpertLoss):
     "The stabilized synchronization loss (Yaman et al. 2024) with any expert that hears mels."
     name, needs = 'stabilized_sync', ('mel_window', 'target', 'reference')
 
-    def __init__(self, expert: SyncExpert,         # as for `ExpertLoss`
+    def __init__(self, expert: SyncExpert, *,      # as for `ExpertLoss`
                  reference: str = 'raw',           # of which reference d is taken: 'raw' or 'silent'
                  floor: float = 1e-2,              # smallest |y - d| (ours), so the slope is at most 1/floor
                  eps: float = 1e-6,
