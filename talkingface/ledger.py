@@ -265,7 +265,9 @@ class Compare:
         edge = 0. if self.margin is None else float((-1 if self.above else 1)*self.margin*abs(scale['ground_truth'].mean() - scale['shuffled_audio'].mean()))
         gaps = (after - before).unstack('seed')
         if self.floor and (why := self.fallen(evidence, name)):
-            return Found('inconclusive', f'{told}; {why}', float(gaps.mean(axis=1).mean()), n=len(gaps), seeds=gaps.shape[1])
+            clips = set().union(*(t['clip'] for m in methods for t in evidence.finite[m, self.set].values())) - {'all'}
+            n = len(clips) if base in SET_SCORES else len(gaps)
+            return Found('inconclusive', f'{told}; {why}', float(gaps.mean(axis=1).mean()), n=n, seeds=gaps.shape[1])
         if base in SET_SCORES:
             clips = set().union(*(t['clip'] for m in methods for t in evidence.finite[m, self.set].values())) - {'all'}
             cares = dict.fromkeys(str(r) for t in tables for r in t['reason'] if isinstance(r, str) and r)
