@@ -50,6 +50,13 @@ def test_losses_of_paper_a_have_its_weights(params):
 
 
 def test_what_rows_name_is_there(params):
+    assert all(row['start'] == 'syncnet' for row in params['silencers'].values())           # as their stage in dvc.yaml says
+    assert all(row['start'] == name for name, row in params['rivals'].items())
+    for profile in params['profiles'].values():
+        seeds = lambda name: profile['generator'].get('seeds_of', {}).get(name, profile['generator']['seeds'])
+        assert profile['generator'].get('seeds_of', {}).keys() <= {*params['warm_ups'], *params['silencers'], *params['rivals'], *params['rows']}
+        for name, row in (params['silencers'] | params['rivals'] | params['rows']).items():
+            assert seeds(name) <= min(seeds(of) for of in (row['start'], row.get('silence')) if of), name
     for row in params['rows'].values():
         assert row['start'] in params['warm_ups'] and row.get('silence') in {None, *params['silencers'], *params['rivals']} and row.keys() <= set(PLACES)
     for name in (*params['leak'], *params['exploitation']): assert name in params['rows']
@@ -70,7 +77,7 @@ def test_neighbouring_rows_differ_in_one_thing(params):
 
 def test_the_generator_stage_waits_for_what_its_rows_name(root, params):
     deps = yaml.safe_load((root/'dvc.yaml').read_text())['stages']['train_generator']['deps']
-    names = {row.get('expert') for part in ('rows', 'silencers', 'rivals') for row in params[part].values()} | {w['audio'] for w in params['warm_ups'].values()}
+    names = {row.get('expert') for part in ('rows', 'silencers', 'rivals') for row in params[part].values()} | {w.get('audio') for w in params['warm_ups'].values()}
     assert names - {None, 'joint', 'wav2vec2'} <= {d.rsplit('/', 1)[1] for d in deps if '/experts/' in d and 'runs/' in d}
     assert {'warm_ups', 'silencers', 'perceptual'} <= {d.rsplit('/', 1)[1] for d in deps}
 

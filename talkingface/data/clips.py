@@ -519,11 +519,11 @@ def reference_frames(clip: Clip,                   # where to take them from
                      distance: int = 5             # frames to keep from the window
                     ) -> np.ndarray:               # (frames,) int
     "Reference frame of every frame of a window. For a whole clip: start 0, frames clip.frames."
-    valid = np.asarray(clip.valid); known = np.flatnonzero(valid)
-    if reference == 'first': return np.full(frames, known[0])
-    if reference == 'fixed': return np.full(frames, rng(seed, 'fixed', clip.name).choice(known))
-    if reference == 'closed': return np.full(frames, known[aperture(clip.landmarks[known]).argmin()])
-    if reference == 'random': return np.full(frames, draw.choice(_away(valid, start, start + frames - 1, distance)))
+    valid = np.asarray(clip.valid); away = _away(valid, start, start + frames - 1, distance)
+    if reference == 'first': return np.full(frames, away[0])
+    if reference == 'fixed': return np.full(frames, next(f for f in rng(seed, 'fixed', clip.name).permutation(len(valid)) if f in away))
+    if reference == 'closed': return np.full(frames, away[aperture(clip.landmarks[away]).argmin()])
+    if reference == 'random': return np.full(frames, draw.choice(away))
     if reference == 'per_frame':
         return np.array([draw.choice(_away(valid, f, f, distance)) for f in range(start, start + frames)])
     if reference != 'window': raise InputError(f"reference: expected one of {', '.join(REFERENCES)}, got {reference!r}")

@@ -24,7 +24,9 @@ from ..weights import load_weights
 
 # %% ../../nbs/05_generators/00_base.ipynb #0ad3a61d
 _SHAPES = {'target': 'BT3HH', 'masked': 'BT3HH', 'reference': 'BT3HH', 'raw_reference': 'BT3HH', 'mel': ('B', 'T', 80, 16),
-           'mel_window': ('B', 80, 16), 'landmarks': ('B', 'T', 68, 2), 'valid': 'BT', 'speech': 'BTSC'}
+           'mel_window': ('B', 80, 16), 'landmarks': ('B', 'T', 68, 2), 'valid': 'BT', 'speech': 'BTSC',
+           'clip': 'B', 'start': 'B'}
+_KINDS = {'valid': torch.bool, 'clip': torch.int64, 'start': torch.int64}      # all others are floats
 
 def _agree(values: dict[str, Tensor]) -> dict[str, int]:
     "Check every tensor against its named shape; B, T and H must be the same wherever they stand."
@@ -52,6 +54,8 @@ class GeneratorBatch:
     valid: Tensor | None = None
     raw_reference: Tensor | None = None
     speech: Tensor | None = None
+    clip: Tensor | None = None
+    start: Tensor | None = None
 
     def __post_init__(self): self._sizes = _agree(self.present())
     def present(self) -> dict[str, Tensor]:
@@ -88,7 +92,7 @@ def make_batch(raw: dict,                                 # `faces`, references 
     _agree({'target': target})
     fields = dict(target=target, masked=target*(1 - lower_half_mask(target.shape[-1], target.device)))
     fields |= {k: to_unit(raw.pop(k)) for k in ('reference', 'raw_reference') if k in raw}
-    fields |= {k: v.bool() if k == 'valid' else v.float() for k, v in raw.items()}
+    fields |= {k: v.to(_KINDS.get(k, torch.float32)) for k, v in raw.items()}
     return GeneratorBatch(**fields)
 
 # %% ../../nbs/05_generators/00_base.ipynb #53095d91

@@ -10,6 +10,7 @@ import inspect
 
 from ..core import ParamsError, unknown_key
 from .adversarial import AdversarialLoss
+from .av_expert import AVMultimodalLoss, AVUnsupervisedLoss, AVVisualLoss
 from .perceptual import PerceptualLoss
 from .reconstruction import LossTerm, PixelLoss
 from .sync import GapSyncLoss, PenaltySyncLoss, StabilizedSyncLoss, SyncLoss
@@ -17,7 +18,7 @@ from .triplet import AdaptiveTripletLoss, TripletLoss
 
 # %% ../../nbs/04_losses/05_objective.ipynb #22608618
 LOSSES = {cls.name: cls for cls in (PixelLoss, AdversarialLoss, PerceptualLoss, SyncLoss, GapSyncLoss, PenaltySyncLoss,
-                                    StabilizedSyncLoss, TripletLoss, AdaptiveTripletLoss)}
+                                    StabilizedSyncLoss, TripletLoss, AdaptiveTripletLoss, AVUnsupervisedLoss, AVVisualLoss, AVMultimodalLoss)}
 
 def build_loss(name: str,   # a key of `LOSSES`
                **options    # arguments of its constructor; networks too: expert, features

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core import (InputError, MissingExtra, MissingWeights, ParamsError, derive_seed, read_json, typed, unknown_key,
                               weights_folder, write_json)
-from ..data.clips import ReferenceBatches, frame_mels
+from ..data.clips import ReferenceBatches, frame_mels, reference_frames
 from ..experts.checkpoints import build_expert
 from ..experts.features import load_features
 from ..experts.landmarks import mouth_opening
@@ -48,11 +48,15 @@ class Row:
     options: dict[str, dict] = field(default_factory=dict)      # name of a loss -> arguments of its constructor
     expert: str | None = None                                   # name of the expert that the sync terms use
     start: str | None = None                                    # name of the warm-up that it goes on from
+    since: dict[str, int] = field(default_factory=dict)         # name of a loss -> first step with its weight; before it, 0
     def __post_init__(self):
         if self.reference not in POLICIES: raise unknown_key(self.reference, POLICIES, 'row.reference')
         for name in (*self.losses, *self.options):
             if name not in LOSSES: raise unknown_key(name, LOSSES, 'row.losses')
-        if not any(self.losses.values()): raise ParamsError(f"row.losses: expected a weight above 0, got {self.losses}")
+        for name in self.since:
+            if name not in self.losses: raise unknown_key(name, self.losses, 'row.since')
+        if not any(w for name, w in self.losses.items() if not self.since.get(name)):
+            raise ParamsError(f"row.losses: expected a weight above 0 from the first step on, got {self.losses} since {self.since or 'step 0'}")
 
 @dataclass
 class GeneratorParams(Runtime):
@@ -70,10 +74,11 @@ class GeneratorParams(Runtime):
 
 # %% ../../nbs/06_training/02_generators.ipynb #dd3ce8dd
 def build_terms(row: Row, expert: nn.Module | None = None,
-                features: nn.Module | None = None       # with `stages`, for perceptual and triplet terms
+                features: nn.Module | None = None,      # with `stages`, for perceptual and triplet terms
+                clips=None                              # store that the batches count in, for terms on whole clips
                ) -> dict[str, LossTerm]:
     "The loss terms of `row`. Where the cosine of the expert can be negative, a term is rescaled unless the row says otherwise."
-    terms, given = {}, dict(expert=expert, features=features)
+    terms, given = {}, dict(expert=expert, features=features, clips=clips)
     for name, weight in row.losses.items():
         if not weight: continue
         known = inspect.signature(LOSSES[name]).parameters; options = dict(row.options.get(name, {}))
@@ -81,7 +86,7 @@ def build_terms(row: Row, expert: nn.Module | None = None,
             optional = known[part].default is not inspect.Parameter.empty
             if given[part] is None and not optional:
                 raise InputError(f"loss {name!r} needs {'a trained expert' if part == 'expert' else 'features'}; pass {part}=, or set its weight to 0")
-            options[part] = given[part]
+            options.setdefault(part, given[part])
         if 'rescale' in known: options.setdefault('rescale', not expert.positive)
         terms[name] = build_loss(name, **options)
     return terms
@@ -122,12 +127,13 @@ class DiscriminatorStep(nn.Module):
 class GeneratorTraining:
     "Networks, optimisers and one step of a generator's training."
     def __init__(self, fabric, generator: Generator, row: Row, params: GeneratorParams, expert: nn.Module | None = None,
-                 features: nn.Module | None = None, silencer: Silencer | None = None):
+                 features: nn.Module | None = None, silencer: Silencer | None = None, clips=None):
         self.fabric, self.row, self.params, self.generator = fabric, row, params, generator
         self.silencer = silencer if silencer is None else silencer.to(fabric.device)
-        self.terms = {name: term.to(fabric.device) for name, term in build_terms(row, expert, features).items()}
+        self.terms = {name: term.to(fabric.device) for name, term in build_terms(row, expert, features, clips).items()}
         for term in self.terms.values():
-            for net in term.modules.values(): net.to(memory_format=torch.channels_last)
+            for p in (p for net in term.modules.values() for p in net.parameters() if p.ndim == 4):
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
         self.weights = {name: float(row.losses[name]) for name in self.terms}
         learning = lambda net: [p for p in net.parameters() if p.requires_grad]
         adam = lambda net, lr: fabric.setup_optimizers(torch.optim.Adam(learning(net), lr, (.5, .999)))
@@ -148,14 +154,15 @@ class GeneratorTraining:
         if self.silencer is not None:
             batch = self.silencer.close(batch)              # in full precision, as at test
         output = self.modules['generator'](batch)
-        with self.fabric.autocast(): loss, logs = total_loss(self.terms, self.weights, output, batch)
+        weights = {name: weight if k >= self.row.since.get(name, 0) else 0. for name, weight in self.weights.items()}
+        with self.fabric.autocast(): loss, logs = total_loss(self.terms, weights, output, batch)
         norms = {'grad_generator': self.update('generator', loss)}
         if self.params.ema: self.modules['ema'].update_parameters(self.generator)
         if 'discriminator' in self.modules:
             logs['discriminator'] = self.modules['discriminator'](batch.target, output.detach())
             norms['grad_discriminator'] = self.update('discriminator', logs['discriminator'])
         logs['loss'] = logs.pop('total')
-        return {**{n: torch.as_tensor(v).detach() for n, v in (logs | norms).items()}, **{f'weight_{n}': w for n, w in self.weights.items()}}
+        return {**{n: torch.as_tensor(v).detach() for n, v in (logs | norms).items()}, **{f'weight_{n}': w for n, w in weights.items()}}
 
     def update(self, name: str, loss: Tensor) -> Tensor:    # norm of the gradient before any clipping
         optimizer = self.optimizers[name]; optimizer.zero_grad(); self.fabric.backward(loss)
@@ -171,14 +178,14 @@ class GeneratorBatches(ReferenceBatches):
                  speech=None):                 # clip -> (T, S, C) features of its frames
         if row.reference == 'lowest' and choose is None:
             raise InputError("row.reference 'lowest' needs an expert that measures similarity; set row.expert")
-        self.chosen = row.reference if row.reference in ('lowest', 'closed', 'first') else ''
+        self.chosen = row.reference if row.reference in ('lowest', 'closed', 'fixed', 'first') else ''
         super().__init__(store, params.batch, params.frames, 'random' if self.chosen else row.reference, seed=params.seed)
         self.choose, self.speech = choose if self.chosen == 'lowest' else None, speech
 
     def _frame(self, clip: int, start: int) -> int:
         "The frame that the policy chooses for a window."
         if self.choose is not None: return self.choose(self.store[clip], start, self.frames)
-        return int(reference_track(self.store[clip], self.chosen)[0])
+        return int(reference_frames(self.store[clip], self.chosen, start, self.frames, None, self.seed)[0])
 
     def __getitem__(self, step: int) -> dict:
         raw = super().__getitem__(step)
@@ -237,7 +244,7 @@ def train_generator(store,                            # clips with split train a
     generator = (build_generator(row.generator) if start is None else copy_of(start)).to(memory_format=torch.channels_last)
     if start is None and audio is not None: generator.load_audio(audio)
     fabric.seed_everything(derive_seed(params.seed, 'discriminator') % 2**31, verbose=False)     # starts alike, whatever was built before
-    training = GeneratorTraining(fabric, generator, row, params, expert, features, silencer)
+    training = GeneratorTraining(fabric, generator, row, params, expert, features, silencer, clips)
     run = fit(fabric, training.modules, training.optimizers, batches, training.step, params.steps, out, config, data, params.seed,
               warmup_cosine(params.warmup), describe=lambda k: {'weights': training.weights},
               log_every=params.log_every, checkpoint_every=params.checkpoint_every, workers=params.workers,
@@ -262,7 +269,7 @@ class Folders:
     silencers: str | Path | None = None
     perceptual: str | Path | None = None        # the feature network of the losses
 
-PLACES = ('start', 'audio', 'expert', 'silence', 'reference', 'losses', 'options', 'about', 'training', 'sets')   # keys of a block
+PLACES = ('start', 'audio', 'expert', 'silence', 'reference', 'losses', 'options', 'since', 'about', 'training', 'sets')   # keys of a block
 
 @dataclass
 class GeneratorBlock:
@@ -270,11 +277,13 @@ class GeneratorBlock:
     net: dict                                            # name and arguments of the network
     warm_up: dict = field(default_factory=dict)          # settings of `GeneratorParams`; `net` in them replaces the network
     train: dict = field(default_factory=dict)
+    wav2lip_warm_up: dict = field(default_factory=dict)
     wav2lip: dict = field(default_factory=dict)
     options: dict[str, dict] = field(default_factory=dict)   # name of a loss -> arguments of its constructor
     seeds: int = 1                                       # trainings of each row
+    seeds_of: dict[str, int] = field(default_factory=dict)   # name of a row, warm-up, ... -> trainings of it, if others than `seeds`
 
-KINDS = ('warm_up', 'train', 'wav2lip')                  # what a block's `training` may name
+KINDS = ('warm_up', 'train', 'wav2lip_warm_up', 'wav2lip')                # what a block's `training` may name
 
 def seed_folders(folder: str | Path) -> dict[int, Path]:
     "The trainings in a folder by their number: 0 is the folder itself."
@@ -305,14 +314,17 @@ def row_parts(row: dict, folders: Folders, n: int = 0, device: str = 'cpu') -> d
     "What `train_generator` is given for seed n of a block: start, audio, expert, features, silencer, speech."
     made = lambda root, name: of_seed(Path(root)/name, n); parts = {}
     expert = lambda name: load_model(Path(folders.experts)/name, build_expert, device)
-    if row.get('start'):
-        if reason := not_run(Path(folders.warm_ups)/row['start']): raise MissingWeights(reason)
-        parts['start'] = load_model(made(folders.warm_ups, row['start']), build_generator, device)
+    for root, part in ((folders.warm_ups, 'start'), (folders.silencers, 'silence')):
+        if not row.get(part): continue
+        if reason := not_run(Path(root)/row[part]): raise MissingWeights(reason)
+        if n and not made(root, row[part]).is_dir():
+            raise InputError(f"training {n} of a row needs training {n} of {row[part]!r}, which has {len(seed_folders(Path(root)/row[part]))}; "
+                             "give it more in seeds_of")
+    if row.get('start'): parts['start'] = load_model(made(folders.warm_ups, row['start']), build_generator, device)
     if row.get('expert'): parts['expert'] = expert(row['expert'])
     if row.get('audio', 'joint') not in ('joint', 'wav2vec2'): parts['audio'] = expert(row['audio'])
     heard = parts['start'].config.get('audio') if 'start' in parts else {'name': row.get('audio')}
     if (heard or {}).get('name') == 'wav2vec2': parts['speech'] = SpeechCache(Wav2Vec2Speech(device=device))
-    if row.get('silence') and (reason := not_run(Path(folders.silencers)/row['silence'])): raise MissingWeights(reason)
     if row.get('silence'): parts['silencer'] = Silencer(load_model(made(folders.silencers, row['silence']), build_generator, device))
     wanted = {p for name, w in row['losses'].items() if w for p in inspect.signature(LOSSES[name]).parameters} if row['losses'].keys() <= LOSSES.keys() else ()
     if 'features' in wanted: parts['features'] = perceptual_features(folders.perceptual, device)
@@ -331,17 +343,18 @@ def row_settings(row: dict, block: dict,       # of `rows`, and the block `gener
     elif row.get('audio') == 'wav2vec2': net['audio'] = dict(name='wav2vec2')
     elif 'audio' in parts: net['audio'] = dict(parts['audio'].config)
     options = {k: v for k, v in {**block.get('options', {}), **row.get('options', {})}.items() if row['losses'].get(k)}
-    kept = {k: row[k] for k in ('reference', 'silence', 'expert', 'start', 'losses') if k in row}
+    kept = {k: row[k] for k in ('reference', 'silence', 'expert', 'start', 'losses', 'since') if k in row}
     return typed(Row, dict(kept, generator=net, options=options), 'row'), typed(GeneratorParams, {**place, **how}, 'generator')
 
 def train_row(store, row: dict,                # a block of `warm_ups`, `silencers` or `rows`
               block: dict,                     # the block `generator` of a profile
               out: str | Path,                 # seed 0 lies here, the others in seed-1, seed-2, ...
-              folders: Folders, landmarker: nn.Module | None = None, device: str = 'cpu', seed: int = 0
+              folders: Folders, landmarker: nn.Module | None = None, device: str = 'cpu', seed: int = 0,
+              name: str = ''                   # of the row, for `seeds_of`
              ) -> dict:                        # {'seed-0': metrics on val, ...}, or {'not_run': reason}
     "Train a row with every seed of the profile; missing published weights are a reason on record, not an error."
-    measured, out = {}, Path(out)
-    for n in range(block.get('seeds', 1)):
+    measured, out, seeds = {}, Path(out), block.get('seeds_of', {}).get(name, block.get('seeds', 1))
+    for n in range(seeds):
         try: parts = row_parts(row, folders, n, device)
         except (MissingWeights, MissingExtra) as error:
             out.mkdir(parents=True, exist_ok=True); write_json(out/'not_run.json', dict(reason=reason_of(error)))
@@ -351,5 +364,5 @@ def train_row(store, row: dict,                # a block of `warm_ups`, `silence
         run = train_generator(store, what, settings, of_seed(out, n), landmarker=landmarker, on_change='restart', **parts)
         measured[f'seed-{n}'] = run['val']
     for n, old in seed_folders(out).items():             # of a run with more seeds: they are not of this row any more
-        if n >= block.get('seeds', 1): shutil.rmtree(old)
+        if n >= seeds: shutil.rmtree(old)
     return measured
