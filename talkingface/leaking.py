@@ -10,6 +10,7 @@ __all__ = ['LEAK_FIELDS', 'FEWEST_FINITE', 'STRATEGIES', 'CLOSED_FIELDS', 'LeakP
 
 # %% ../nbs/10_leaking.ipynb #f14c8140
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,21 +98,25 @@ def evaluate_leak(names: list[str],       # rows
                   clips, opening: Callable,
                   silencers: str | Path | None = None, experts: str | Path | None = None,   # folders, by name
                   profile: str = '', device: str = 'cpu', seed: int = 0,
-                  load: Callable = load_voice):   # two DataFrames of LEAK_FIELDS: drawn references, and the rows' own
+                  load: Callable = load_voice,
+                  workers: int = 1        # threads; they change the speed and nothing else
+                 ):                       # two DataFrames of LEAK_FIELDS: drawn references, and the rows' own
     "Openings of every training of every row, under drawn references and under its own."
     import pandas as pd
-    true, drawn, own = {clip.name: opening(clip.faces) for clip in clips}, [], []
-    for name in progress(names, 'leak'):
-        for number, made in row_folders(Path(generated)/name).items():
-            voice = load(Path(generators)/made.relative_to(generated), device, silencers, experts)
-            told = dict(clips=clips, opening=opening, profile=profile, training=number, seed=seed, true=true)
-            drawn.append(leak_rows(name, lambda clip, shown: voice.draw(clip, clip.mel, shown), **told))
-            kept, shown = stored_faces(made, [clip.name for clip in clips]), read_json(made/'meta.json')['shown']
-            if lacking := [clip.name for clip in clips if clip.name not in kept]:
-                raise InputError(f"{made} has no faces of {lacking[0]}; its rows were generated for other sets, or with another limit")
-            own.append(leak_rows(name, lambda clip, _: kept[clip.name], shown=shown, **told))
-    if not drawn: raise InputError(f"none of the rows {', '.join(names)} was run; there is no leak to measure")
-    return pd.concat(drawn, ignore_index=True), pd.concat(own, ignore_index=True)
+    true = {clip.name: opening(clip.faces) for clip in clips}
+    jobs = [(name, number, made) for name in names for number, made in row_folders(Path(generated)/name).items()]
+    if not jobs: raise InputError(f"none of the rows {', '.join(names)} was run; there is no leak to measure")
+    def both(job):
+        name, number, made = job; told = dict(clips=clips, opening=opening, profile=profile, training=number, seed=seed, true=true)
+        kept, shown = stored_faces(made, [clip.name for clip in clips]), read_json(made/'meta.json')['shown']
+        if lacking := [clip.name for clip in clips if clip.name not in kept]:
+            raise InputError(f"{made} has no faces of {lacking[0]}; its rows were generated for other sets, or with another limit")
+        voice = load(Path(generators)/made.relative_to(generated), device, silencers, experts)
+        return (leak_rows(name, lambda clip, of: voice.draw(clip, clip.mel, of), **told),
+                leak_rows(name, lambda clip, _: kept[clip.name], shown=shown, **told))
+    with ThreadPoolExecutor(workers) as pool: found = list(progress(pool.map(both, jobs), 'leak', len(jobs)))
+    drawn, own = (pd.concat(tables, ignore_index=True) for tables in zip(*found))
+    return drawn, own
 
 # %% ../nbs/10_leaking.ipynb #12f45ac7
 def _solve(n, xx, xy) -> np.ndarray:   # (...), (...,3,3), (...,3) -> (...,2) leak, follow

@@ -156,6 +156,8 @@ def test_all_trainings_are_measured_and_rows_not_run_left_out(clips, tmp_path):
     write_json(tmp_path/'generated'/'lacks'/'meta.json', dict(not_run='no weights'))
     load = lambda folder, device, silencers, experts: SimpleNamespace(draw=lambda clip, mel, shown: a_generator(.5, .25)(clip, shown))
     drawn, own = evaluate_leak(['row', 'lacks'], tmp_path/'generators', tmp_path/'generated', clips, opening, load=load)
+    for table, again in zip((drawn, own), evaluate_leak(['row', 'lacks'], tmp_path/'generators', tmp_path/'generated', clips, opening, load=load, workers=3)):
+        pd.testing.assert_frame_equal(table, again)
     assert list(row_folders(tmp_path/'generated'/'row')) == [0, 1, 2] and row_folders(tmp_path/'generated'/'lacks') == {}
     assert set(drawn['method']) == {'row'} and set(drawn['seed']) == {0, 1, 2} and set(own['policy']) == {'own'}
     (tmp_path/'generated'/'row'/'seed-2'/'a.safetensors').unlink()
@@ -249,7 +251,9 @@ def painted(faces, honest, paint):
 def scores():
     clips = [speaking(n) for n in ('a0', 'b0', 'c0', 'd0')]
     rows = {'cunning': {0: {c.name: painted(c.faces, .5, 200) for c in clips}}, 'honest': {n: {c.name: painted(c.faces, .8, 0) for c in clips} for n in (0, 1)}}
-    return evaluate_exploitation(rows, clips, {'trainer': Scorer(1), 'judge': Scorer(0)}, 'test')
+    found, again = (evaluate_exploitation(rows, clips, {'trainer': Scorer(1), 'judge': Scorer(0)}, 'test', workers=n) for n in (1, 3))
+    pd.testing.assert_frame_equal(found, again)
+    return found
 
 
 def test_the_truth_is_one_and_wrong_speech_is_zero(scores):
