@@ -407,11 +407,13 @@ def closed_reading(path: str | Path,      # fig_closed.json of a profile
                   ) -> str:
     "What `closed_numbers` says of a silencer, as a sentence; or how to measure it."
     if not Path(path).is_file(): return f'Whether it closes mouths was not measured yet: {Path(path).name} is missing.'
-    n = read_json(path)[silencer]
+    found = read_json(path); n = found[silencer]; side = {True: 'inside', False: 'outside'}
+    others = [f"{name}, fed with silence: {m['mean']:.2f} and {m['mean_over_openings']:.2f} px" for name, m in found.items() if name != silencer]
     return (f"G_S on {n['clips']} clips of {n['identities']} people that it has not met, {len(n['by_training'])} trainings: the mouths that it draws from silence are open "
-            f"{n['mean']:.2f} px [{n['mean_interval'][0]:.2f}, {n['mean_interval'][1]:.2f}] on average over references as they come, and {n['mean_over_openings']:.2f} px if every opening "
-            f"of the reference counts alike; the middle 90 % of true closed mouths are open {n['closed_low']:.2f} to {n['closed_high']:.2f} px. From the widest tenth of the references "
-            f"(over {n['widest_tenth_from']:.1f} px) it draws {n['mean_of_widest_tenth']:.2f} px.")
+            f"{n['mean']:.2f} px [{n['mean_interval'][0]:.2f}, {n['mean_interval'][1]:.2f}] on average over references as they come, {side[n['inside']]} the middle 90 % of true closed "
+            f"mouths ({n['closed_low']:.2f} to {n['closed_high']:.2f} px). If every opening of the reference counts alike, it is {n['mean_over_openings']:.2f} px, {side[n['inside_over_openings']]}: the last bin of "
+            f"`fig_closed` shows the few widest. From the widest tenth of the references "
+            f"(over {n['widest_tenth_from']:.1f} px) it draws {n['mean_of_widest_tenth']:.2f} px." + (f" For comparison, {'; '.join(others)}." if others else ''))
 
 # %% ../nbs/10_leaking.ipynb #d8fad2bc
 FEWEST_IN_BIN = 5    # frames, to be drawn

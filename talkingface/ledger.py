@@ -366,7 +366,7 @@ class Spread:
     relative: bool = False       # of values divided by the mean of their row
 
     def text(self) -> str:
-        of = f"{metric_info(self.metric).label}{' divided by the mean of its row' if self.relative else ''}"
+        of = f"({metric_info(self.metric).label} / mean of its row)" if self.relative else metric_info(self.metric).label
         return f'Variance over clips of {of}, `{self.method}` minus `{self.other}` on {self.set}, mean over trainings: below 0'
 
     def judge(self, evidence: Evidence) -> Found:
@@ -571,6 +571,8 @@ CLAIMS_A = (
         'within five frames of it get a substitute, as random references keep away from the window'),
     LedgerClaim('A2', 'A', 'References closed by G_S lower LMD',
         where='table 2, setups B and D', table=_COMPONENTS, explained_by=_LEAKING,
+        experiments=(('leak of the same rows, D minus B', Leak('setup_d', 'setup_b')),
+                     ('correlation of the opening with the true one, D minus B', Compare('setup_d', 'setup_b', 'aperture_correlation'))),
         parts=(*rows_of('lmd', method='setup_d', other='setup_b'),
                *rows_of('lmd', method='setup_e', other='ref_random', prefix='strategy_'))),
     LedgerClaim('A3', 'A', 'References closed by G_S raise LSE-C',
@@ -593,6 +595,8 @@ CLAIMS_A = (
         note=_CLIPPED),
     LedgerClaim('A4variants', 'A', 'L_ss is better than no sync loss in sync, and than the gap alone and the plain loss with a '
         'reference penalty in both picture and sync', where='table of sync losses', reported=_UNFOUND, explained_by=_EXPLOITED,
+        experiments=(('what any sync loss gains, plain minus none, LSE-C', Compare('setup_d', 'sync_none', 'lse_c')),
+                     ('and costs, plain minus none, PSNR in dB', Compare('setup_d', 'sync_none', 'psnr'))),
         parts=(*rows_of('lse_c', method='setup_e', other='sync_none', prefix='none_'),
                *rows_of('psnr', 'lse_c', method='setup_e', other='sync_gap', prefix='gap_'),
                *rows_of('psnr', 'lse_c', method='setup_e', other='sync_penalty', prefix='penalty_')),
@@ -660,6 +664,8 @@ CLAIMS_A = (
         f'since the clips of a batch differ. The gradient is measured before clipping; {_CLIPPED}'),
     LedgerClaim('A14', 'A', 'References closed by G_S give better landmarks than other ways to a silent face',
         where='table of silent-face strategies', reported=_UNFOUND, explained_by=_LEAKING,
+        experiments=(('leak, smallest opening minus G_S', Leak('ref_closed', 'setup_e')),
+                     ('correlation of the opening with the true one, smallest opening minus G_S', Compare('ref_closed', 'setup_e', 'aperture_correlation'))),
         parts=tuple(part for name, other in (('closed', 'ref_closed'), ('lowest', 'ref_lowest'), ('wav2lip', 'ref_wav2lip'))
                     for part in (*rows_of('lmd', method='setup_e', other=other, prefix=f'{name}_'),
                                  Part(f'{name}_leak', Leak('setup_e', other), counts=False))),
@@ -721,7 +727,7 @@ CLAIMS_B = (
     LedgerClaim('B10', 'B', 'AVS metrics agree better with judgement than LSE and LMD do', where='text, user study',
         reported='no numbers found', parts=(Part('judgement', Open(
             'Rank correlation with the exact lip error over all generated clips, AVS metrics minus LSE-C and LMD: above 0',
-            'the validity study is not there yet')),), **_B),
+            'the validity study is not in the pipeline yet')),), **_B),
 )
 
 # %% ../nbs/11_ledger.ipynb #f9c6786b
@@ -1020,7 +1026,8 @@ def readme_ledger(root: str | Path, profile: str, paper: str = 'A') -> str:
     if 'rule' not in table or not len(own): return f'No ledger of the profile `{profile}` yet: `make repro PROFILE={profile}` writes it.'
     own_parts = table[(table['paper'] == paper) & is_part(table)]
     counts = ', '.join(f"{(own['verdict'] == v).sum()} {v.replace('_', ' ')}" for v in VERDICTS)
-    lines = [f"| {line.id} | {_cell(line.statement)} | {_cell(_effect(own_parts, line))} | {line.n} | {line.verdict.replace('_', ' ')} |"
+    clips = lambda line: '–' if str(n := _deciding(own_parts, line).n) in ('0', '') else n      # of the part that is shown
+    lines = [f"| {line.id} | {_cell(line.statement)} | {_cell(_effect(own_parts, line))} | {clips(line)} | {line.verdict.replace('_', ' ')} |"
              for line in own.itertuples() if line.verdict != 'not_run']
     return '\n'.join([f'Profile `{profile}`, paper {paper}: {counts}. With reasons: [claims.md](../paper_figures/{profile}/claims.md).', '',
                       '| id | claim | effect that decides, 95 % interval | clips | verdict |', '|---|---|---|---:|---|', *lines])
