@@ -210,4 +210,4 @@ def _full_step(values) -> str:
     if f'{name}: steps' not in values: return ''
     return (f" One training step of G_L at its published size (96 x 96, 16 windows of 5 frames, all losses of setup G, VGG-19, 32 bit) takes "
             f"{1/values[f'{name}: steps']:.0f} s there on all cores and {values[f'{name}: memory']/1024:.1f} GiB; waiting for data would take "
-            f"{100*values[f'{name}: data_wait']:.1f} % of it. No GPU was at hand.")
+            f"{100*values[f'{name}: data_wait']:.1f} % of it.")
