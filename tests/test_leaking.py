@@ -13,7 +13,7 @@ from talkingface.exploitation import borrowed_speech, evaluate_exploitation, exp
 from talkingface.experiments import save_figure
 from talkingface.generators.base import build_generator
 from talkingface.generators.references import Silencer
-from talkingface.leaking import (_interval, _two, close_faces, closed_figure, closed_numbers, closed_rows, drawn_references, evaluate_leak, leak_cells, leak_difference,
+from talkingface.leaking import (_interval, _two, close_faces, closed_figure, closed_numbers, closed_reading, closed_rows, drawn_references, evaluate_leak, leak_cells, leak_difference,
                                  leak_differences, leak_figure, leak_forest, leak_rows, leak_table, read_leak, row_folders, write_leak)
 from talkingface.metrics.silence import leak_sums, lip_leak
 from talkingface.strips import first_clips, hard_cases, head_turn, rows_figure, strip_rows
@@ -408,3 +408,12 @@ def test_strips_show_the_closed_reference_and_tell_what_was_not_run(tmp_path):
 def test_clips_are_the_first_of_each_identity():
     store = type('Store', (list,), {})([a_face(n, n[0]) for n in ('a_0', 'a_1', 'b_0')]); store.rows = [{'identity': c.identity} for c in store]
     assert [c.name for c in first_clips(store, 9)] == ['a_0', 'b_0'] and len(first_clips(store, 1)) == 1
+
+
+def test_the_reading_of_closed_mouths_says_inside_and_outside(tmp_path):
+    own = dict(mean=.18, mean_interval=[.15, .22], inside=True, mean_over_openings=.45, inside_over_openings=False, closed_low=.05, closed_high=.32,
+               widest_tenth_from=8., mean_of_widest_tenth=.24, by_training=[.1, .2], clips=23, identities=12)
+    write_json(tmp_path/'fig_closed.json', dict(silent=own, wav2lip=own | dict(mean=.33)))
+    told = closed_reading(tmp_path/'fig_closed.json')
+    assert '2 trainings' in told and '0.18 px [0.15, 0.22]' in told and ', inside the middle 90 %' in told and '0.45 px, outside' in told
+    assert 'wav2lip, fed with silence: 0.33 and 0.45 px' in told and 'was not measured yet' in closed_reading(tmp_path/'none.json')
