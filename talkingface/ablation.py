@@ -11,14 +11,13 @@ __all__ = ['FEWEST_SEEDS', 'TOLD_INTERVAL', 'SUMMARY_KEY', 'PAIR_LINE', 'LEAK', 
 
 # %% ../nbs/11_ablation.ipynb #576dfde6
 import re
-import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from .core import InputError, atomic_path, read_json, repository_root, rng
 from .experiments import (INK, METHOD_LABELS, PUBLISHED_FIELDS, QUIET_INK, REFERENCES, check_rows, metric_columns, metric_label,
-                                     metric_table, paired_difference, palette, plotting, published, read_rows, save_table, summarise)
+                                     metric_table, paired_difference, palette, plotting, published, read_rows, save_table, small_print, summarise)
 from .leaking import leak_difference, leak_table
 from .metrics.base import metric_info
 
@@ -170,6 +169,7 @@ def variance_pairs(rows, pairs, set_name: str = 'test', metric: str = 'lse_c', s
         for method, other in pairs:
             both = [rows[(rows['method'] == m) & (rows['metric'] == name)] for m in (method, other)]
             cubes = [b.pivot(index='seed', columns='clip', values='value') for b in both]
+            if len(shared := cubes[0].index.intersection(cubes[1].index)): cubes = [c.loc[shared] for c in cubes]
             clips = sorted(set.intersection(*(set(c.columns[np.isfinite(c).all()]) if len(c) else set() for c in cubes)))
             line = dict(set=set_name, method=method, other=other, metric=name, n=len(clips), reason='',
                         seeds=min(map(len, cubes)), given=max(b['clip'].nunique() for b in both))
@@ -304,7 +304,7 @@ def method_label(method: str, labels=None) -> str:
 
 def restorer_label(name: str) -> str:
     "What a table calls a restorer: `vqfr_v1` is VQFR v1."
-    known = {'vqfr': 'VQFR', 'gfpgan': 'GFPGAN', 'codeformer': 'CodeFormer'}
+    known = {'vqfr': 'VQFR', 'gfpgan': 'GFPGAN', 'codeformer': 'CodeFormer', 'unsharp': 'Unsharp mask'}
     return ' '.join(known.get(word, word) for word in name.split('_'))
 
 def _grouped(pairs) -> dict:   # [(key, item)] -> {key: [items]}
@@ -330,9 +330,10 @@ def _line_notes(table, labels) -> list[str]:
     once = table.drop_duplicates(['method', 'reason'])
     told = list(zip(once['method'], once['reason'], once['seeds']))
     runs = _grouped((int(n), method_label(m, labels)) for m, _, n in told if n and m not in REFERENCES)
-    empty = _grouped((why, method_label(m, labels)) for m, why, _ in told if why and why != 'as reported only')
-    seeds = '; '.join(f"{n} of {', '.join(dict.fromkeys(who))}" for n, who in sorted(runs.items()))
-    notes = [f'Seeds: {seeds}.'] if len(runs) > 1 else []
+    usual = max(runs, key=lambda n: len(set(runs[n])), default=0)
+    empty = _grouped((why.split('. ')[0], method_label(m, labels)) for m, why, _ in told if why and why != 'as reported only')   # the CSV has it whole
+    seeds = ', and '.join(f"{n} of {'; '.join(dict.fromkeys(who))}" for n, who in sorted(runs.items()) if n != usual)
+    notes = [f'Seeds: {usual} of each, but {seeds}.'] if len(runs) > 1 else []
     return notes + (['Not run: ' + '; '.join(f"{', '.join(who)} ({why})" for why, who in empty.items()) + '.'] if empty else [])
 
 def ablation_notes(table, labels=None) -> list[str]:
@@ -394,20 +395,22 @@ def _pairs_legend(pairs) -> str:
             f'over clips, Holm over the {tests} tests of this table. Where a cell names trainings: one value of the whole set for each, '
             "and Student's 95 % interval over them; without interval: one value of the whole set, fewer than three trainings.")
     if max(seeds, default=0) < 2: return told + ' One training of each: how much another would differ is not known.'
-    chance = {2: 'two', 3: 'four', 4: 'eight', 5: 'sixteen'}; words = {2: 'two', 3: 'three', 4: 'four', 5: 'five'}
+    chance = {2: 'two', 3: 'four', 4: 'eight', 5: 'sixteen', 6: 'thirty-two'}; words = {2: 'two', 3: 'three', 4: 'four', 5: 'five', 6: 'six'}
     luck = [f'{words.get(n, n)} equal signs happen by chance one time in {chance.get(n, 2**(n - 1))}' for n in seeds if n > 1]
-    return told + (f" Seeds compared: {', '.join(map(str, seeds))}. ≠: seeds do not agree in sign; bold beside it says that "
+    return told + (f" Seeds compared, those that both rows have (one may have more, and the table their mean): {', '.join(map(str, seeds))}. ≠: seeds do not agree in sign; bold beside it says that "
                    f"these trainings differ, not that the change does it. No ≠ is weak evidence: {', '.join(luck)}.")
 
 def pairs_markdown(pairs, labels=None, set_labels=None,
                    thousandths=()) -> str:   # metrics that are shown times 1000
     "Paired tests as Markdown: a line for each pair, a column for each metric."
     metrics, lines, times = list(dict.fromkeys(pairs['metric'])), [], dict.fromkeys(thousandths, 1000.)
+    ragged = pairs.loc[pairs['seeds'] > 0, 'seeds'].nunique() > 1
     for name, group in pairs.groupby('set', sort=False):
         most = int(group["n"].max()); lines.append([f'**{(set_labels or {}).get(name, name)}, n = {most} clips**', *[''] * len(metrics)])
         for (a, b), some in group.groupby(['method', 'other'], sort=False):
             cells = {r['metric']: _pair_cell(r, most, times.get(r['metric'], 1.)) for _, r in some.iterrows()}
-            lines.append([f'{method_label(a, labels)} − {method_label(b, labels)}', *(cells.get(m, '') for m in metrics)])
+            many = f", {some['seeds'].max()} training{'s' if some['seeds'].max() > 1 else ''}" if ragged and some['seeds'].max() else ''
+            lines.append([f'{method_label(a, labels)} − {method_label(b, labels)}{many}', *(cells.get(m, '') for m in metrics)])
     heads = [f'{metric_label(_scaled_name(m) if m in times else m)} {metric_info(m).arrow}'.strip() for m in metrics]
     return '\n'.join([*_markdown('**Neighbouring rows**: first minus second', heads, lines), '', _pairs_legend(pairs)]) + '\n'
 
@@ -419,6 +422,7 @@ def seeds_markdown(table, labels=None) -> str:
         cells = ['–' if np.isnan(a) else ' to '.join(_told(v, _digits(a, b) + 1) for v in (a, b)) for a, b in ends]
         lines.append([f"{method_label(r['method'], labels)}, {r['set']}", str(r['seeds']), *cells])
     title = '**Seeds**: how many, and lowest to highest mean of one training'
+    if table.loc[table['seeds'] > 1, 'seeds'].nunique() > 1: title += '; more trainings lie farther apart by chance alone'
     return '\n'.join(_markdown(title, ['', *map(metric_label, metrics)], lines)) + '\n' if lines else ''
 
 # %% ../nbs/11_ablation.ipynb #9187cc04
@@ -435,15 +439,15 @@ def variance_markdown(found,   # from `variance_pairs`
         name = f"{method_label(r['method'], labels)} / {method_label(r['other'], labels)} ({metric_label(r['metric'])})"
         lines.append([name, *cells, f"{r['n']} of {r['given']}", str(r['seeds'])])
     heads = ['first', 'second', 'difference', 'ratio', 'clips', 'seeds']
-    title = '**Variance over clips**: first and second of a pair, 95 % paired bootstrap intervals'
+    title = '**Variance over clips**: first and second of a pair, seeds that both have, 95 % paired bootstrap intervals'
     return '\n'.join(_markdown(title, heads, lines)) + '\n'
 
 RATIO_ENDS = (.05, 20.)   # of the axis; what lies beyond is an arrow
 
 def _ratio_axis(ax, ends):
     "A logarithmic axis around 1 with ticks that can be read."
-    near, far = (.4, .5, .6, .7, .8, .9, 1, 1.1, 1.25, 1.5, 2, 2.5), (.02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 50)
-    low, high = min(ends)/1.15, max(ends)*1.15; ticks = [t for t in (near if high < 3*low else far) if low <= t <= high]
+    near, wide, far = (.4, .5, .6, .7, .8, .9, 1, 1.1, 1.25, 1.5, 2, 2.5), (.15, .2, .3, .4, .6, .8, 1, 1.25, 1.5, 2, 3, 4, 5), (.02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 50)
+    low, high = min(ends)/1.15, max(ends)*1.15; ticks = [t for t in (near if high < 3*low else wide if high < 9*low else far) if low <= t <= high]
     ax.set_xscale('log'); ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.minorticks_off(); ax.set_xlim(low, high)
 
 def _draw_ratio(ax, y: int, line) -> list[float]:   # what the axis has to show
@@ -465,7 +469,7 @@ def variance_figure(found,                           # from `variance_pairs`
     seeds = lambda n: f"{n} training{'s' if n > 1 else ''} each"
     names = [f"{method_label(r['method'], labels)}\nby {method_label(r['other'], labels)}\nn = {r['n']} clips, {seeds(r['seeds'])}" for _, r in shown.iterrows()]
     cut = len(shown) and (shown['ratio_low'].lt(RATIO_ENDS[0]).any() or shown['ratio_high'].gt(RATIO_ENDS[1]).any())
-    notes = [caption, 'Lines: 95 % bootstrap over clips, the same clips drawn for both.', 'Arrow: the interval goes on beyond the axis.' if cut else '']
+    notes = [caption, 'Lines: 95 % bootstrap over clips, the same clips drawn for both; trainings that both have.', 'Arrow: the interval goes on beyond the axis.' if cut else '']
     with plotting() as plt:
         fig, ax = plt.subplots(figsize=(6.4, 1.7 + .62*max(1, len(shown))), layout='constrained'); plt.close(fig)
         for y, (_, r) in enumerate(shown.iterrows()): ends += _draw_ratio(ax, y, r)
@@ -475,8 +479,7 @@ def variance_figure(found,                           # from `variance_pairs`
             ax.legend(loc='lower right', bbox_to_anchor=(1, 1), borderaxespad=0)
         ax.set_yticks(range(len(shown)), names, fontsize=8); ax.set(ylim=(len(shown) - .4, -.6), title=title)
         ax.set_xlabel('variance of LSE-C over clips, first by second (1: no difference)'); ax.grid(axis='y', visible=False)
-        told = textwrap.wrap(' '.join(n for n in notes if n), 105)
-        fig.supxlabel('\n'.join(told), x=.01, ha='left', fontsize=7.5, color=QUIET_INK)
+        small_print(fig, [' '.join(n for n in notes if n)])
     return fig
 
 # %% ../nbs/11_ablation.ipynb #fcc82220
@@ -515,13 +518,13 @@ def save_ablation(table,                 # from `ablation_table`
                   title: str = '', caption: str = '',
                   pairs=None,            # from `neighbours`
                   set_labels=None, labels=None, references=REFERENCES,
-                  short=None,            # {method: label} in the paired tests; None: as in the table
+                  short=None,            # {method: label} in notes and paired tests; None: as in the table
                   more: str = ''         # Markdown put under the table
                  ) -> list[Path]:
     "`save_table` with the notes of an ablation; paired tests as `stem`_pairs.csv and, with the seeds, under the Markdown."
     stem = Path(stem); beside = lambda end: stem.with_name(stem.name + end); shown = _readable(table)
     scaled = ['×1000: in thousandths.'] * (list(shown) != list(table))
-    notes = ' '.join([*ablation_notes(table, labels), *scaled, caption]).strip()
+    notes = ' '.join([*ablation_notes(table, (labels or {}) | (short or {})), *scaled, caption]).strip()
     paths = save_table(shown, stem, title, notes, set_labels, labels=labels, references=references)
     with atomic_path(beside('.csv')) as part: table.to_csv(part, index=False, lineterminator='\n')   # numbers as they are
     latex = _fitted(beside('.tex').read_text(encoding='utf-8'))

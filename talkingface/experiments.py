@@ -6,12 +6,14 @@
 __all__ = ['ROW_KEY', 'PUBLISHED_FIELDS', 'METHOD_LABELS', 'REFERENCES', 'PUBLISHED_NETWORKS', 'LATEX', 'INK', 'QUIET_INK',
            'RULE', 'DASHES', 'MARKERS', 'check_rows', 'write_rows', 'read_rows', 'bootstrap_interval', 'summarise',
            'degradation_order', 'paired_difference', 'published', 'told_beside', 'metric_columns', 'metric_table',
-           'metric_label', 'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'save_figure',
-           'draw_table', 'save_table', 'strip_frames', 'draw_strips', 'qualitative_strip', 'write_columns',
-           'read_columns', 'write_provenance', 'run_caption', 'summary_metrics', 'readme_times', 'readme_status']
+           'metric_label', 'table_cells', 'table_markdown', 'table_latex', 'palette', 'plotting', 'wrapped',
+           'small_print', 'how_many', 'save_figure', 'draw_table', 'save_table', 'strip_frames', 'draw_strips',
+           'qualitative_strip', 'write_columns', 'read_columns', 'write_provenance', 'run_caption', 'summary_metrics',
+           'readme_times', 'readme_status']
 
 # %% ../nbs/09_experiments.ipynb #9173cba8
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -193,10 +195,11 @@ def metric_table(summary,                 # from `summarise`
     return pd.DataFrame(lines)
 
 # %% ../nbs/09_experiments.ipynb #03b524dc
-def _digits(values) -> int:
-    "Decimals that show three to four significant digits of the largest finite value."
+def _digits(values, most: int = 6) -> int:
+    "Decimals that show three to four significant digits of the largest finite value; two if it is a few hundredths."
     finite = np.abs([v for v in values if np.isfinite(v)])
     top = finite.max() if len(finite) else 1.
+    if 0 < top < .02: return min(int(2 - np.floor(np.log10(top))), most)
     return 1 if top >= 100 else 2 if top >= 1.5 else 3
 
 def _number(value, digits) -> str:
@@ -231,7 +234,7 @@ def table_cells(table,                 # from `metric_table`
         told = table.get(f'{m}_reported'); sure = table.get(f'{m}_confirmed')
         mark = lambda i: '' if sure[i] is True or sure[i] == 1 else '†'
         columns.append([(_number(v, digits), '' if np.isnan(h) else f'±{h:.{digits}f}', i in best,
-                         None if told is None else '' if np.isnan(told[i]) else _number(told[i], _digits(told)) + mark(i))
+                         None if told is None else '' if np.isnan(told[i]) else _number(told[i], _digits(told, 3)) + mark(i))
                         for i, v, h in zip(table.index, table[m], half)])
     name = lambda method: labels.get(method, method.replace('_', ' ').capitalize())
     lines = [(group, name(method), method in references, [c[j] for c in columns])
@@ -330,6 +333,46 @@ def plotting():
         import matplotlib.pyplot as plt
         yield plt
 
+# %% ../nbs/09_experiments.ipynb #86cd0baf
+@lru_cache(None)
+def _advance(text: str, size: float) -> float:
+    "Width of a text in points as it is set: pictures round letters to pixels, which makes them 3 % wider."
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+    return 1.03*text_to_path.get_text_width_height_descent(text, FontProperties(family='DejaVu Sans', size=size), False)[0]
+
+def _filled(widths: list, blank: float, width: float) -> list[list[int]]:
+    "Which words stand in each line, lines filled one after the other."
+    lines, at = [], float('inf')
+    for i, own in enumerate(widths):
+        if at + blank + own > width: lines.append([]); at = -blank
+        lines[-1].append(i); at += blank + own
+    return lines
+
+def wrapped(text: str, width: float, size: float = 7.5) -> list[str]:   # points
+    "A text in as few lines as the width allows, made a little shorter where the last would be less than a fifth of a line."
+    words = text.split(); widths = [_advance(w, size) for w in words]; blank = _advance('a a', size) - 2*_advance('a', size)
+    length = lambda line: sum(widths[i] for i in line) + blank*(len(line) - 1)
+    lines = _filled(widths, blank, width)
+    for share in np.arange(.99, .6, -.01):
+        if len(lines) < 2 or length(lines[-1]) >= width/5 or len(less := _filled(widths, blank, share*width)) > len(lines): break
+        lines = less
+    return [' '.join(words[i] for i in line) for line in lines]
+
+def small_print(fig, lines: list[str],     # paragraphs
+                title: str = '', room: int = 3   # lines that the height of the figure reckons with
+               ) -> None:
+    "Title above and small print under a figure, which grows by the lines that it was not made for."
+    told = [part for line in lines for part in wrapped(line, 71*fig.get_figwidth())]
+    fig.set_figheight(fig.get_figheight() + .13*max(0, len(told) - room))
+    if title: fig.suptitle(title, x=.01, ha='left', weight='bold', fontsize=11)
+    fig.supxlabel('\n'.join(told), x=.01, ha='left', fontsize=7.5, color=QUIET_INK)
+
+def how_many(numbers, what: str) -> str:
+    "How many there are of each, `3 trainings` or `3 to 6 trainings`."
+    low, high = int(min(numbers)), int(max(numbers))
+    return (f'{low} to ' if low < high else '') + f"{high} {what}{'s' if high != 1 else ''}"
+
 # %% ../nbs/09_experiments.ipynb #a5696e71
 def _few_colours(path: Path, colours: int) -> None:
     "Rewrite a PNG with a palette: text and lines take a third of the bytes."
@@ -376,15 +419,14 @@ def _columns(header, lines) -> list[dict]:
 
 def draw_table(table, title='', caption='', set_labels=None, **options):
     "The table as a figure, to be looked at and to be put on a slide."
-    import textwrap
     header, lines = table_cells(table, **options); columns = _columns(header, lines); gap, step = 20, 16
     first = 10 + max(max(_width(label, 9, style='italic'), _width(_group_title(table, group, set_labels), 9, 'bold'))
                      for group, label, _, _ in lines)
     right, x = [], first
     for c in columns: x += gap + c['width'] + (0 if c['told'] is None else c['told'] + 10); right.append(x)
     total = max(x, 260); groups = len({l[0] for l in lines})
-    foot = [part for note in [*_notes(table), caption] if note for part in textwrap.wrap(note, int(total / 3.9))]
-    height = 24 * bool(title) + 34 + (len(lines) + groups) * step + groups * 5 + 12 + 10.5 * len(foot)
+    foot = [part for note in [*_notes(table), caption] if note for part in wrapped(note, total)]
+    height = 24 * bool(title) + 25 + 9 * any(unit for _, unit in header) + (len(lines) + groups) * step + groups * 5 + 12 + 10.5 * len(foot)
     with plotting() as plt:
         fig = plt.figure(figsize=((total + 16) / 72, (height + 12) / 72)); plt.close(fig)
         ax = fig.add_axes((0, 0, 1, 1)); ax.set(xlim=(-8, total + 8), ylim=(height + 6, -6)); ax.axis('off')
@@ -403,7 +445,7 @@ def _draw_body(ax, table, title, header, lines, columns, right, total, step, set
         edge = x - (0 if column['told'] is None else column['told'] + 10)
         write(edge, y, name, weight='bold', ha='right'); write(edge, y + 11, unit, 7.5, color=QUIET_INK, ha='right')
         if column['told'] is not None: write(x, y, 'reported', 7.5, color=QUIET_INK, style='italic', ha='right')
-    y += 19
+    y += 10 + 9 * any(unit for _, unit in header)
     for i, (group, label, reference, cells) in enumerate(lines):
         if not i or lines[i - 1][0] != group:
             rule(y, .6); y += 5 + step / 2; write(0, y, _group_title(table, group, set_labels), weight='bold'); y += step
@@ -501,7 +543,9 @@ def write_provenance(folder: str | Path,   # e.g. paper_figures/demo
 
 def run_caption(profile: str, network: str = '', device: str = '', seeds=(), **more) -> str:
     "One sentence under a table or figure that says what its numbers stand on."
-    drawn = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if len(seeds) else ''
+    every = len(seeds) > 3 and list(seeds) == list(range(min(seeds), max(seeds) + 1))
+    told = f'{min(seeds)} to {max(seeds)}' if every else ', '.join(map(str, seeds))
+    drawn = f"seed{'s' if len(seeds) > 1 else ''} {told}" if len(seeds) else ''
     parts = [f'Profile {profile}', network, device, drawn, *(f'{k} {v}' for k, v in more.items())]
     return ', '.join(p for p in parts if p) + '.'
 

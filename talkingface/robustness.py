@@ -14,7 +14,6 @@ __all__ = ['REFERENCE_HEIGHT', 'PERTURBATIONS', 'LANDMARKS', 'SPAN', 'FLOOR', 'M
 
 # %% ../nbs/09_robustness.ipynb #a42c3f85
 import tempfile
-import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -23,7 +22,8 @@ import numpy as np
 import torch
 
 from .core import FPS, SAMPLES_PER_FRAME, InputError, atomic_path, progress, rng, unknown_key
-from .experiments import DASHES, INK, MARKERS, QUIET_INK, bootstrap_interval, palette, plotting
+from .experiments import (DASHES, INK, MARKERS, QUIET_INK, bootstrap_interval, how_many, palette, plotting,
+                                     small_print)
 from .experts.base import WindowExpert, embed_stored, frozen
 from .experts.checkpoints import build_expert
 from .layers import to_unit
@@ -471,8 +471,8 @@ def expert_label(name: str) -> str:
 def networks_line(table) -> str:
     "What stands behind the labels of a figure: the network of each expert, the profile and the training seeds."
     told = '; '.join(f"{expert_label(n)}: {table[table['expert'] == n]['network'].iloc[0]}" for n in in_order(table['expert']))
-    seeds = table['seed'].nunique()
-    return f"Profile {table['profile'].iloc[0]}. {told}." + (f' {seeds} training seeds.' if seeds > 1 else '')
+    seeds = table.groupby('expert')['seed'].nunique()
+    return f"Profile {table['profile'].iloc[0]}. {told}." + (f" {how_many(seeds, 'training seed')}." if seeds.max() > 1 else '')
 
 def _shown(curves, expert: str, clips: int):
     "Speech positions of some clips of the first set, spread over it, one clip behind the other; a NaN line after each."
@@ -531,7 +531,7 @@ def ground_truth_figure(curves,                 # of one expert or several
             if i//columns == rows - 1: ax.set_xlabel('speech of the clips, one behind the other (s)'); side.set_xlabel('density')
             change = sync_loss if quantity == 'loss' else np.asarray
             data.append(shown[name].assign(quantity=quantity, value=change(shown[name]['cosine'])))
-        _footer(fig, _truth_print(used, stats.iloc[0]), title)
+        small_print(fig, _truth_print(used, stats.iloc[0]), title)
     return fig, pd.concat(data, ignore_index=True).drop(columns='at')
 
 def _truth_print(curves, stats) -> list[str]:
@@ -540,14 +540,7 @@ def _truth_print(curves, stats) -> list[str]:
     sets = ', '.join(curves['set'].unique())
     return [networks_line(curves),
             f"Coloured: true pairs{first}; grey dots: the same lips with sound half of the speech away. "
-            "Dashed line, band, numbers: mean ± sd of",
-            f"{stats.positions} positions with speech in {stats.clips} clips of the sets {sets}; right: their distribution."]
-
-def _footer(fig, lines: list, title: str = '') -> None:
-    "Title above and small print under a figure."
-    if title: fig.suptitle(title, x=.01, ha='left', weight='bold', fontsize=11)
-    lines = [part for line in lines for part in textwrap.wrap(line, int(15.5*fig.get_figwidth()))]     # letters to an inch
-    fig.supxlabel('\n'.join(lines), x=.01, ha='left', fontsize=7.5, color=QUIET_INK)
+            f"Dashed line, band, numbers: mean ± sd of {stats.positions} positions with speech in {stats.clips} clips of the sets {sets}; right: their distribution."]
 
 # %% ../nbs/09_robustness.ipynb #5081a567
 def response_table(rows,               # of `evaluate_robustness`, of one expert or several
@@ -595,7 +588,7 @@ def _draw_response(ax, table, perturbation: str, landmarks: str, found_too: bool
         if found_too and landmarks == 'kept' and (own['landmarks'] == 'found').any():
             _draw_lines(ax, own[own['landmarks'] == 'found'], how, name, True)
     ax.set_xlabel(how.unit)
-    if ticks: ax.set_xticks(list(at.values()), ticks)
+    if ticks: ax.set_xticks(list(at.values()), ticks, fontsize=7)
 
 def response_figure(rows,                # of several experts
                     panels: list,        # of (perturbation, 'kept' or 'found', metric), row by row
@@ -617,7 +610,7 @@ def response_figure(rows,                # of several experts
             _draw_response(ax, tables[panel[2]], *panel[:2], found_too); _name_panel(ax, panels, i, columns, found_too)
         for ax in axes.flat[len(panels):]: ax.set_axis_off()
         _equal_axes(axes, panels)
-        _legend(fig, axes.flat[0]); _footer(fig, _small_print(rows, tables, panels, found_too), title)
+        _legend(fig, axes.flat[0]); small_print(fig, _response_print(rows, tables, panels, found_too), title)
     table = pd.concat(tables.values(), ignore_index=True)
     return fig, table.merge(_used(panels, found_too), on=['perturbation', 'landmarks', 'metric'])
 
@@ -651,7 +644,7 @@ def _legend(fig, ax) -> None:
     "The experts, under the panels."
     fig.legend(*ax.get_legend_handles_labels(), loc='outside upper right', ncols=6, handlelength=2.4, columnspacing=1.2, fontsize=8)
 
-def _small_print(rows, tables, panels, found_too: bool) -> list[str]:
+def _response_print(rows, tables, panels, found_too: bool) -> list[str]:
     "What the numbers of a response figure stand on."
     table = next(iter(tables.values()))
     lines = [networks_line(rows),
@@ -662,7 +655,7 @@ def _small_print(rows, tables, panels, found_too: bool) -> list[str]:
     told = {'kept': 'landmarks kept: crop and alignment stay where they were.',
             'found': 'landmarks found: they follow the face exactly (an ideal detector).'}
     if ways:
-        lines.append(' '.join((('Thick: ', 'Thin: ')[w == 'found'] if found_too else '') + told[w]
+        lines.append(' '.join(('Thick: ', 'Thin: ')[w == 'found'] + told[w] if found_too else told[w].capitalize()
                               for w in LANDMARKS if w in ways))
     return lines
 
@@ -724,11 +717,11 @@ def summary_figure(rows, title: str = '', seed: int = 0) -> tuple:    # figure, 
             x, before = x + 1, group
         for y, name in enumerate(names): ax.text(-.15, y + .46, expert_label(name), ha='right', va='center', fontsize=9)
         ax.set(xlim=(-1.2, x), ylim=(len(names) + .9, -.6)); ax.set_axis_off()
-        _footer(fig, [networks_line(rows),
-                      'ROC AUC of true against wrong pairs, mean over the levels of each perturbation '
-                      f"and {table['n'].max()} clips: "
-                      '1 is best, 0.5 is a guess (dark).',
-                      'Last column: share of clips whose mean cosine is highest at a delay of 0 ± 1 frames.'], title)
+        small_print(fig, [networks_line(rows),
+                          'ROC AUC of true against wrong pairs, mean over the levels of each perturbation '
+                          f"and {table['n'].max()} clips: "
+                          '1 is best, 0.5 is a guess (dark).',
+                          'Last column: share of clips whose mean cosine is highest at a delay of 0 ± 1 frames.'], title)
     return fig, table
 
 # %% ../nbs/09_robustness.ipynb #14a6ba8b

@@ -18,7 +18,7 @@ import numpy as np
 from .core import InputError, read_json
 from .data.clips import aperture as stored_aperture
 from .dubbing import stored_faces
-from .experiments import METHOD_LABELS, QUIET_INK, plotting, strip_frames
+from .experiments import METHOD_LABELS, QUIET_INK, plotting, strip_frames, wrapped
 from .leaking import close_faces, load_silencer
 
 # %% ../nbs/10_strips.ipynb #37251264
@@ -79,10 +79,10 @@ def rows_figure(clips, rows: dict,         # name -> `StripRow`
     drawn = {n: r for n, r in rows.items() if r.faces}
     if not drawn:
         raise InputError(f"none of the rows {', '.join(rows)} has faces; {'; '.join(r.reason for r in rows.values())}")
-    told = [*([notes] if notes else []), *(f'{name_of(n)} was not run: {r.reason}' for n, r in rows.items() if r.reason)]
+    told = [*([notes] if notes else []), *(f"{name_of(n)} was not run: {r.reason.split('. ')[0]}" for n, r in rows.items() if r.reason)]
     cut = lambda f: None if f is None else np.asarray(f)[:, round(above*f.shape[1]):]
     left, gap, head = 1.25, .24, .06 + .26*bool(title); tall = size*(1 - above); wide = left + size*(columns + 1) + .12
-    printed = [line for text in told for line in textwrap.wrap(text, int(15.5*wide))]
+    printed = [line for text in told for line in wrapped(text, 72*wide - 7)]
     inches = wide, head + (tall*(len(drawn) + 1) + gap)*len(clips) + .14*len(printed) + (.14 if printed else .05)
     lines = []
     with plotting() as plt:
@@ -171,7 +171,7 @@ def case_figure(clips, cases: list[HardCase],
         lines += [dict(case=case.case, value=case.value, unit=case.unit, clip=clip.name, target=case.target,
                        reference=case.reference, picture=n, opening=float(o))
                   for n, o in zip(pictures, opened)]
-    names = list(blocks[0][1]); printed = textwrap.wrap(notes, int(15*(left + size*len(names))))
+    names = list(blocks[0][1]); printed = wrapped(notes, 72*(left + size*len(names)) - 7)
     inches = left + size*len(names), head + step*len(cases) + .14*len(printed) + .04
     with plotting() as plt:
         fig = plt.figure(figsize=inches); plt.close(fig)
@@ -179,7 +179,7 @@ def case_figure(clips, cases: list[HardCase],
             for j, (name, picture) in enumerate(pictures.items()):
                 above = '\n'.join(textwrap.wrap(name, 18)) if i == 0 else ''
                 _picture(fig, picture, left + size*j, head + step*i, size, inches, above, f'{opened[j]:.1f} px')
-            told = '\n'.join([*textwrap.wrap(case.case, 18), *textwrap.wrap(f'{case.value:.2f} {case.unit}', 18)])
+            told = '\n'.join(line for text in (case.case, f'{case.value:.2f} {case.unit}') for line in wrapped(text, 72*left - 9, 8.5))
             fig.text((left - .08)/inches[0], 1 - (head + step*i + size/2)/inches[1], told, ha='right', va='center',
                      fontsize=8.5)
         if title: fig.text(.05/inches[0], 1 - .05/inches[1], title, ha='left', va='top', weight='bold', fontsize=10)

@@ -6,13 +6,12 @@
 __all__ = ['SYNC_TERMS', 'read_log', 'read_logs', 'running', 'fluctuation', 'stability_table', 'training_figure']
 
 # %% ../nbs/10_training_curves.ipynb #e838b1a6
-import textwrap
 from pathlib import Path
 
 import numpy as np
 
 from .core import InputError
-from .experiments import DASHES, QUIET_INK, palette, plotting
+from .experiments import DASHES, how_many, palette, plotting, small_print
 
 # %% ../nbs/10_training_curves.ipynb #ac0e9745
 SYNC_TERMS = ('sync', 'gap_sync', 'penalty_sync', 'stabilized_sync')    # losses that ask a sync expert, by their names in rows
@@ -109,9 +108,7 @@ def training_figure(logs, groups: dict,      # title of a column -> rows
         lines = table[table['row'].isin({n for names in groups.values() for n in names})]
         steps = logs[(logs['row'] == lines['row'].iloc[0]) & (logs['seed'] == lines['seed'].iloc[0])]['step']
         step = int(np.median(np.diff(steps))) if len(steps) > 1 else int(steps.iloc[0])
-        notes = [f"{'Every step' if step == 1 else f'Means of {step} steps'}, from the step on at which the sync term has its weight; thick: running median of {width} values, thinner: further trainings. "
+        notes = [f"{'Every step' if step == 1 else f'Means of {step} steps'}, from the step on at which the sync term has its weight; thick: running median of {width} values, thinner: further trainings of the row ({how_many(lines.groupby('row')['seed'].nunique(), 'training')} of each). "
                  f"{int(lines['not_finite'].sum())} of {int(lines['lines'].sum())} logged values are not finite. Fluctuation: standard deviation about the running median."]
-        if title: fig.suptitle(title, x=.01, ha='left', weight='bold', fontsize=11)
-        fig.supxlabel('\n'.join(textwrap.wrap(notes[0], int(15.5*fig.get_figwidth()))), x=.01, ha='left', fontsize=7.5,
-                      color=QUIET_INK)
+        small_print(fig, notes, title)
     return fig, logs[logs['row'].isin(set(lines['row']))].reset_index(drop=True)

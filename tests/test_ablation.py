@@ -116,6 +116,45 @@ def test_seeds_that_only_one_has_are_not_compared():
     assert line['seeds'] == 1 and abs(line['mean']) < .02 and line['agree'] is None
 
 
+def ragged(seeds=6):
+    "Rows b and d have six trainings, a has three; the last three of b are far better."
+    return measured('a', 0) + measured('b', .02, seeds, luck=(0, 0, 0, .5, .5, .5)) + measured('d', .04, seeds, luck=(0,)*6)
+
+
+def test_pairs_are_of_the_trainings_that_both_have():
+    pairs = neighbours(ragged(), [('b', 'a'), ('d', 'b')], ['ssim']).set_index('method'); text = pairs_markdown(pairs.reset_index())
+    assert pairs['seeds'].tolist() == [3, 6] and abs(pairs['mean']['b'] - .02) < .01 and pairs['agree'].tolist() == [True, False]
+    for part in ('B − A, 3 trainings', 'D − B, 6 trainings', 'those that both rows have', 'three equal signs happen by chance one time in four, six equal signs happen by chance one time in thirty-two'):
+        assert part in text
+    even = pairs_markdown(neighbours(measured('a', 0) + measured('b', .02), [('b', 'a')], ['ssim'])); assert '| B − A |' in even
+    whole = [r | dict(clip='all', metric='fid_corpus') for r in ragged() if r['clip'] == 'c00']
+    line = neighbours(whole, [('b', 'a')], ['fid_corpus']).iloc[0]; assert line['seeds'] == 3 and abs(line['mean'] - .02) < .05 and line['over'] == 'trainings'
+
+
+def test_tables_tell_which_rows_have_other_numbers_of_trainings(tmp_path):
+    table = ablation_table(ragged(), ['a', 'b', 'd'], ['ssim']).set_index('method'); notes = ' '.join(ablation_notes(table.reset_index(), {'a': 'A: one, two'}))
+    assert table['seeds'].tolist() == [3, 6, 6] and 'Seeds: 6 of each, but 3 of A: one, two.' in notes
+    assert table['ssim']['b'] > .25 + table['ssim']['a']                                    # its own mean, over all six
+    assert 'farther apart by chance' in seeds_markdown(table.reset_index()) and 'chance' not in seeds_markdown(table.reset_index().tail(2))
+    save_ablation(table.reset_index(), tmp_path/'t', short={'a': 'First'}); assert 'but 3 of First.' in (tmp_path/'t.md').read_text()
+
+
+def test_variances_and_leaks_are_of_the_trainings_that_both_have():
+    calm, wild = scattered('av', .5, 3), scattered('sync', 1, 3) + [r for r in scattered('sync', 4, 6) if r['seed'] > 2]
+    found = variance_pairs(calm + wild, [('av', 'sync')]); even = variance_pairs(calm + [r for r in wild if r['seed'] < 3], [('av', 'sync')])
+    pd.testing.assert_frame_equal(found, even); assert found['seeds'][0] == 3 and found['ratio'][0] == pytest.approx(.25, abs=.03)
+    assert '3 trainings each' in variance_figure(found).axes[0].get_yticklabels()[0].get_text()
+    leak = openings('few', .2, 3) + openings('many', .1, 3) + [r for r in openings('many', .6, 6) if r['seed'] > 2]; gap = leak_pairs(pd.DataFrame(leak), [('many', 'few')])
+    assert gap['seeds'][0] == 3 and gap['better'][0] and gap['mean'][0] == pytest.approx(-.1, abs=.02) and gap['agree'][0]
+    told = leak_summary(pd.DataFrame(leak)).set_index('method'); assert told['seeds'].to_dict() == {'few': 3, 'many': 6} and told['mean']['many'] > .3
+
+
+def test_reasons_under_a_table_are_one_sentence():
+    some = measured('a', 0) + measured('b', .1) + [row('gone', 'all', 'ssim', None, reason='weights file x.pth not found. Get it from somewhere (licence: some)')]
+    table = ablation_table(some, ['a', 'b', 'gone'], ['ssim'])
+    assert 'Gone (weights file x.pth not found).' in ' '.join(ablation_notes(table)) and 'licence' in table.set_index('method')['reason']['gone']
+
+
 def test_infinite_and_missing_clips_are_left_out():
     some = measured('a', 0, seeds=1) + measured('b', .1, seeds=1)
     some[0] |= dict(value=None, reason='silent'); some[21] |= dict(value=np.inf, reason='identical')
@@ -289,4 +328,4 @@ def test_labels(tmp_path):
     write_json(tmp_path/'b'/'meta.json', {'config': {'name': 'light', 'width': 24}})
     assert network_note(tmp_path, ['a', 'b', 'gone']) == 'light network, width 24'
     assert network_note(tmp_path, ['a', 'b', 'w']) == 'light network, width 24; wav2lip network (w)' and network_note(tmp_path, []) == ''
-    assert restorer_label('vqfr_v1') == 'VQFR v1' and restorer_label('unsharp') == 'unsharp'
+    assert restorer_label('vqfr_v1') == 'VQFR v1' and restorer_label('unsharp') == 'Unsharp mask'

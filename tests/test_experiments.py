@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from talkingface.core import InputError, ParamsError, file_hash, read_json
-from talkingface.experiments import (PUBLISHED_FIELDS, bootstrap_interval, check_rows, metric_table, paired_difference, published, qualitative_strip,
-                                     read_rows, save_figure, save_table, strip_frames, summarise, table_latex, table_markdown,
-                                     write_provenance, write_rows)
+from talkingface.experiments import (PUBLISHED_FIELDS, _advance, bootstrap_interval, check_rows, draw_table, how_many, metric_table, paired_difference,
+                                     plotting, published, qualitative_strip, read_rows, run_caption, save_figure, save_table, small_print,
+                                     strip_frames, summarise, table_latex, table_markdown, wrapped, write_provenance, write_rows)
 
 
 def row(method='setup_a', clip='c0', metric='ssim', value=.5, **more):
@@ -142,3 +142,37 @@ def test_style_leaves_no_trace(tmp_path):
 def test_provenance_says_what_made_it(tmp_path):
     found = read_json(write_provenance(tmp_path, 'smoke', {'steps': 3}, [0], 'cpu', 1.5, data='abc'))
     assert {'profile', 'git', 'data', 'params', 'device', 'seeds', 'seconds', 'versions'} <= set(found)
+
+
+def test_no_line_is_too_wide_and_none_is_a_lone_word():
+    text = 'Mean over clips of the set test, positions with speech; band: 95 % interval over clips. Grey bar: nothing changed at all by it.'
+    for width in range(60, 700, 7):
+        lines = wrapped(text, width); wide = [_advance(line, 7.5) for line in lines]
+        assert ' '.join(lines) == text and max(wide) <= width*1.01
+        assert len(lines) == 1 or len(lines) > 4 or wide[-1] > .12*width
+    assert wrapped('', 100) == []
+
+
+def test_a_figure_grows_with_its_small_print():
+    with plotting() as plt:
+        fig, _ = plt.subplots(figsize=(5, 2)); plt.close(fig)
+    small_print(fig, ['Short.'], 'Title'); assert fig.get_figheight() == 2 and fig._supxlabel.get_text() == 'Short.'
+    small_print(fig, ['word '*200]); assert fig.get_figheight() > 2.3
+
+
+def test_notes_stay_within_the_rules_of_a_table(rows):
+    fig = draw_table(metric_table(summarise(rows)), 'A table', 'A caption of many words, which goes on and on and on and on, as they do. '*4)
+    with plotting():
+        fig.draw_without_rendering(); right = max(line.get_window_extent().x1 for line in fig.axes[0].lines)
+        assert max(text.get_window_extent().x1 for text in fig.axes[0].texts) <= right + 2
+
+
+def test_small_numbers_have_digits_and_published_ones_keep_theirs():
+    some = [row(m, f'c{i}', 'lse_c_variance', v) for m, v in (('a', .0076), ('b', .0044)) for i in range(2)]; table = metric_table(summarise(some))
+    assert '0.00760' in table_markdown(table) and '**0.00440**' in table_markdown(table)
+    table['lse_c_variance_reported'] = [.012, np.nan]; table['lse_c_variance_confirmed'] = [True, np.nan]; assert '| 0.012 |' in table_markdown(table)
+
+
+def test_ranges_of_counts():
+    assert [how_many(n, 'training') for n in ([3, 6], [1], [6, 6])] == ['3 to 6 trainings', '1 training', '6 trainings']
+    assert run_caption('x', seeds=range(6)) == 'Profile x, seeds 0 to 5.' and run_caption('x', seeds=[0, 1, 2]) == 'Profile x, seeds 0, 1, 2.'

@@ -178,7 +178,39 @@ def test_a_reference_that_stands_still_is_said_not_drawn(clips):
     own = leak_rows('row', a_generator(.6, .4), clips, opening, shown={c.name: np.full(80, 3) for c in clips}, profile='test')
     figure, table = leak_forest(pd.concat([leaks(clips, {'row': (.6, .4)}), own], ignore_index=True))
     assert table.set_index('policy')['leak'].isna().to_dict() == {'per_frame': False, 'own': True}
-    assert [t.get_text() for t in figure.axes[0].texts] == ['own references vary too little']
+    told = figure._supxlabel.get_text().replace('\n', ' ')
+    assert not figure.axes[0].texts and 'No row has a hollow mark: their own references differ too little' in told and told.count('too little') == 1
+    assert [t.get_text() for t in figure.legends[0].texts] == ['references drawn for every frame']
+    moving = leak_rows('more', a_generator(.6, .4), clips, opening, shown={c.name: drawn_references(c, 3) for c in clips}, profile='test')
+    figure, _ = leak_forest(pd.concat([leaks(clips, {'row': (.6, .4), 'more': (.6, .4)}), own, moving], ignore_index=True))
+    assert '1 of 2 rows have no hollow mark' in figure._supxlabel.get_text().replace('\n', ' ') and len(figure.legends[0].texts) == 2
+
+
+# rows with different numbers of trainings
+
+def test_differences_are_of_the_trainings_that_both_have(clips):
+    "A fourth to sixth training that leaks much must not stand against a row that was trained three times."
+    rows = pd.concat([leaks(clips, {'many': (.6, .2), 'few': (.6, .3)}, 3), leaks(clips, {'many': (.6, .5)}, 6).query('seed > 2')], ignore_index=True)
+    gap = leak_difference(rows, 'many', 'few')
+    assert gap == leak_difference(rows[rows['seed'] < 3], 'many', 'few') and gap['seeds'] == 3 == gap['agree'] and gap['better'] and abs(gap['mean'] + .1) < .02
+    table = leak_table(rows); whole = table[table['seed'] == 'all'].set_index('method')
+    assert whole['trainings'].to_dict() == {'many': 6, 'few': 3} and whole['leak']['many'] > whole['leak']['few']       # the rows themselves have all of theirs
+    apart = leak_difference(rows[(rows['method'] == 'few') | (rows['seed'] > 2)], 'many', 'few'); assert apart['seeds'] == 0 and apart['mean'] > .2
+
+
+def test_figures_tell_how_many_trainings_rows_have(clips, scores):
+    rows = pd.concat([leaks(clips, {'many': (.6, .2)}, 6), leaks(clips, {'few': (.6, .3)}, 3)], ignore_index=True); told = lambda fig: fig._supxlabel.get_text().replace('\n', ' ')
+    figure, _ = leak_forest(rows); assert '3 to 6 trainings of a row' in told(figure) and [t.get_text() for t in figure.axes[0].texts] == ['6', '3', 'trainings']
+    assert '3 to 6 trainings of a row' in told(leak_figure(rows)[0]) and '3 trainings of a row' in told(leak_figure(rows, ['few'])[0])
+    assert not leak_forest(leaks(clips, {'a': (.6, .2), 'b': (.6, .3)}, 2))[0].axes[0].texts
+    assert '1 to 2 trainings of a row' in told(exploitation_figure(exploitation_table(scores, {'cunning': 'trainer', 'honest': None}))[0])
+    rows = closed_rows({'closes': {0: lambda f: np.full_like(f, 8)}, 'half': {n: lambda f: f//2 for n in range(3)}}, speakers(), opening, 'test')
+    assert '(Closes: 1 training; Half: 3 trainings)' in told(closed_figure(rows)[0]) and '(3 trainings of each)' in told(closed_figure(rows[rows['silencer'] == 'half'])[0])
+
+
+def test_no_bar_ends_outside_of_its_panel():
+    rows = closed_rows({'silent': {0: lambda f: np.where(f > 80, f, 4).astype(np.uint8)}}, speakers(), opening, 'test')
+    figure, bars = closed_figure(rows); assert figure.axes[0].get_ylim()[1] > bars.loc[bars['frames'] >= 5, 'high'].max() > 10
 
 
 # closed mouths
@@ -321,6 +353,7 @@ def test_the_unsteady_loss_is_found(tmp_path):
     assert table.loc[('plain', 0), 'gradient_relative'] > 2*table.loc[('steady', 0), 'gradient_relative']
     figure, _ = training_figure(logs, {'one': ['plain', 'steady'], 'none': ['other']}); assert len(figure.axes) == 3
     assert figure.axes[2].get_legend().get_window_extent().y1 < figure.axes[2].get_window_extent().y0 and 'Means of 10 steps' in figure._supxlabel.get_text()
+    assert '1 to 2 trainings of each' in figure._supxlabel.get_text().replace('\n', ' ')
     figure, _ = training_figure(logs.assign(step=logs['step']//10), {'one': ['plain']}); assert 'Every step' in figure._supxlabel.get_text()
 
 
