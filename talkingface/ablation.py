@@ -469,7 +469,7 @@ def variance_figure(found,                           # from `variance_pairs`
     seeds = lambda n: f"{n} training{'s' if n > 1 else ''} each"
     names = [f"{method_label(r['method'], labels)}\nby {method_label(r['other'], labels)}\nn = {r['n']} clips, {seeds(r['seeds'])}" for _, r in shown.iterrows()]
     cut = len(shown) and (shown['ratio_low'].lt(RATIO_ENDS[0]).any() or shown['ratio_high'].gt(RATIO_ENDS[1]).any())
-    notes = [caption, 'Lines: 95 % bootstrap over clips, the same clips drawn for both; trainings that both have.', 'Arrow: the interval goes on beyond the axis.' if cut else '']
+    notes = [caption, 'Lines: 95 % bootstrap over clips, the same clips drawn for both; trainings that both have. What another training would change is not in the lines: the ledger (A6) takes it.', 'Arrow: the interval goes on beyond the axis.' if cut else '']
     with plotting() as plt:
         fig, ax = plt.subplots(figsize=(6.4, 1.7 + .62*max(1, len(shown))), layout='constrained'); plt.close(fig)
         for y, (_, r) in enumerate(shown.iterrows()): ends += _draw_ratio(ax, y, r)

@@ -210,4 +210,12 @@ def speed_summary(root: str | Path, profile: str) -> str:
     if not told or not costs: return f'`paper_figures/{profile}/bench.csv` was made without the published sizes; run `make bench`.'
     return (f"Scoring 60 s of face crops with the networks at their published size takes, on one thread: {costs}. AV-HuBERT base is "
             f"{' and '.join(told)} as fast as the same network layer by layer with explicit softmax attention "
-            f"(`make bench`; {table['machine'][0]}).")
+            f"(`make bench`; {table['machine'][0]}).{_full_step(values)}")
+
+def _full_step(values) -> str:
+    "A sentence on one training step of paper A's generator at its published size."
+    name = 'G_L at full size, 16 x 5 frames, all losses of G, VGG-19'
+    if f'{name}: steps' not in values: return ''
+    return (f" One training step of G_L at its published size (96 x 96, 16 windows of 5 frames, all losses of setup G, VGG-19, 32 bit) takes "
+            f"{1/values[f'{name}: steps']:.0f} s there on all cores and {values[f'{name}: memory']/1024:.1f} GiB; waiting for data would take "
+            f"{100*values[f'{name}: data_wait']:.1f} % of it. No GPU was at hand.")

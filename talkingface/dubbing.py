@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Voice', 'load_voice', 'revoice', 'ground_truth', 'reencoded', 'random_frame', 'static_frame', 'dub',
-           'save_faces', 'stored_faces', 'revoice_row', 'revoice_published', 'row_folders', 'restore_row',
+           'save_faces', 'stored_faces', 'revoice_row', 'revoice_published', 'row_folders', 'restore_row', 'held_out',
            'generate_others', 'other_speech']
 
 # %% ../nbs/07_dubbing.ipynb #89b09d19
@@ -271,6 +271,13 @@ def restore_row(method: str, restorer: str,   # of `RESTORERS`
         write_json(into/'meta.json', dict(about, method=method, restorer=net.protocol, clips=len(names), **kept))
     return ''
 
+def held_out(store, sets: list[str]   # splits
+            ):                        # the part of the store with those of them that it has
+    "The clips that rows re-voice: a corpus need not have every set, but one of them."
+    there = {row['split'] for row in store.rows}
+    if not (kept := [s for s in sets if s in there]): raise InputError(f"none of the sets {', '.join(sets)} is in {store}; it has {', '.join(sorted(there))}")
+    return store.split(*kept)
+
 def generate_others(methods: dict[str, dict],   # name -> {silencer: NAME}, {weights: FILE} or {of: ROW, restorer: NAME}; and `sets`
                     store, sets: list[str],     # that are re-voiced where a method names none
                     generated: str | Path,      # faces of the rows, for restorers
@@ -278,7 +285,7 @@ def generate_others(methods: dict[str, dict],   # name -> {silencer: NAME}, {wei
     "Faces of methods that are no rows: a generator that closes mouths as it is, published weights, a restored row."
     reasons = {}
     for name, how in methods.items():
-        clips, into = store.split(*how.get('sets', sets)), Path(out)/name
+        clips, into = held_out(store, how.get('sets', sets)), Path(out)/name
         if 'silencer' in how: reasons[name] = revoice_row(name, Path(silencers)/how['silencer'], clips, into, device, seed=seed)
         elif 'weights' in how: reasons[name] = revoice_published(name, how['weights'], clips, into, device, seed)
         elif {'of', 'restorer'} <= how.keys(): reasons[name] = restore_row(name, how['restorer'], Path(generated)/how['of'], clips, into, device)

@@ -6,7 +6,8 @@
 __all__ = ['LEAK_FIELDS', 'FEWEST_FINITE', 'STRATEGIES', 'WIDEST_TOLD', 'CLOSED_FIELDS', 'FEWEST_IN_BIN', 'LeakParams',
            'load_opening', 'drawn_references', 'leak_rows', 'write_leak', 'read_leak', 'not_run', 'evaluate_leak',
            'leak_table', 'leak_difference', 'leak_cells', 'leak_differences', 'row_label', 'leak_figure', 'leak_forest',
-           'close_faces', 'load_silencer', 'closing', 'closed_rows', 'closed_numbers', 'closed_figure']
+           'close_faces', 'load_silencer', 'closing', 'closed_rows', 'closed_numbers', 'closed_reading',
+           'closed_figure']
 
 # %% ../nbs/10_leaking.ipynb #f14c8140
 from concurrent.futures import ThreadPoolExecutor
@@ -400,6 +401,19 @@ def closed_numbers(rows, seed: int = 0, draws: int = 2000) -> dict:   # silencer
                            frames=len(out)//trainings, closed_frames=len(truth), clips=len(groups),
                            identities=int(part['identity'].nunique()))
     return found
+
+def closed_reading(path: str | Path,      # fig_closed.json of a profile
+                   silencer: str = 'silent'
+                  ) -> str:
+    "What `closed_numbers` says of a silencer, as a sentence; or how to measure it."
+    if not Path(path).is_file(): return f'Whether it closes mouths was not measured yet: {Path(path).name} is missing.'
+    found = read_json(path); n = found[silencer]; side = {True: 'inside', False: 'outside'}
+    others = [f"{name}, fed with silence: {m['mean']:.2f} and {m['mean_over_openings']:.2f} px" for name, m in found.items() if name != silencer]
+    return (f"G_S on {n['clips']} clips of {n['identities']} people that it has not met, {len(n['by_training'])} trainings: the mouths that it draws from silence are open "
+            f"{n['mean']:.2f} px [{n['mean_interval'][0]:.2f}, {n['mean_interval'][1]:.2f}] on average over references as they come, {side[n['inside']]} the middle 90 % of true closed "
+            f"mouths ({n['closed_low']:.2f} to {n['closed_high']:.2f} px). If every opening of the reference counts alike, it is {n['mean_over_openings']:.2f} px, {side[n['inside_over_openings']]}: the last bin of "
+            f"`fig_closed` shows the few widest. From the widest tenth of the references "
+            f"(over {n['widest_tenth_from']:.1f} px) it draws {n['mean_of_widest_tenth']:.2f} px." + (f" For comparison, {'; '.join(others)}." if others else ''))
 
 # %% ../nbs/10_leaking.ipynb #d8fad2bc
 FEWEST_IN_BIN = 5    # frames, to be drawn

@@ -69,10 +69,22 @@ def stability_table(logs,            # of `read_logs`
                           lines=len(part), not_finite=int((~np.isfinite(numbers)).sum()), sync_mean=sync.mean(), sync_last=float(np.mean(sync[-len(sync)//10:])),
                           sync_variance=rest.var(), sync_fluctuation=rest.std()/abs(sync.mean()), gradient_mean=grad.mean() if told else np.nan,
                           gradient_sd=grad.std() if told else np.nan, gradient_relative=grad.std()/grad.mean() if told else np.nan,
+                          gradient_above_one=float((grad[np.isfinite(grad)] > 1).mean()) if told else np.nan,
                           gradient_largest=grad.max()/np.median(grad) if told else np.nan))
     return pd.DataFrame(lines)
 
 # %% ../nbs/10_training_curves.ipynb #babf88c8
+def _all_finite(lines) -> str:
+    "A finished training has finite values alone: it stops at the first that is not."
+    bad, count = int(lines['not_finite'].sum()), len(lines)
+    return (f'All {count} trainings reached their last step; one would have stopped at a value that is not finite.' if not bad else
+            f"{bad} of {int(lines['lines'].sum())} logged values are not finite.")
+
+def _above_one(lines) -> str:
+    "How often a limit of 1 on the norm of the gradient (`clip_norm`) would have bound."
+    share = lines['gradient_above_one'].dropna()
+    return f' The norm of the gradient, before any clipping, is above 1 in {100*share.mean():.0f} % of the steps.' if len(share) else ''
+
 def _draw_column(ax, part, names: list, labels: dict, width: int) -> None:
     "Term, gradient and fluctuation of the rows of one group, in three axes."
     for i, name in enumerate(names):
@@ -109,6 +121,6 @@ def training_figure(logs, groups: dict,      # title of a column -> rows
         steps = logs[(logs['row'] == lines['row'].iloc[0]) & (logs['seed'] == lines['seed'].iloc[0])]['step']
         step = int(np.median(np.diff(steps))) if len(steps) > 1 else int(steps.iloc[0])
         notes = [f"{'Every step' if step == 1 else f'Means of {step} steps'}, from the step on at which the sync term has its weight; thick: running median of {width} values, thinner: further trainings of the row ({how_many(lines.groupby('row')['seed'].nunique(), 'training')} of each). "
-                 f"{int(lines['not_finite'].sum())} of {int(lines['lines'].sum())} logged values are not finite. Fluctuation: standard deviation about the running median."]
+                 f"{_all_finite(lines)}{_above_one(lines)} Fluctuation: standard deviation about the running median."]
         small_print(fig, notes, title)
     return fig, logs[logs['row'].isin(set(lines['row']))].reset_index(drop=True)

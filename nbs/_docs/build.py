@@ -71,8 +71,9 @@ def results(profile: Path) -> dict[str, str]:
     pages = {}
     if (profile/'claims.md').is_file(): pages[f'claims_{profile.name}'] = f'# Claims of the papers, profile {profile.name}\n\n' + (profile/'claims.md').read_text()
     folders = {}
-    for p in sorted(profile.rglob('*.png'), key=lambda p: (len(p.relative_to(profile).parts) == 1, p.as_posix())):
-        folders.setdefault(p.parent.relative_to(profile).as_posix(), []).append(p)
+    of, order = lambda p: p.parent.relative_to(profile).as_posix(), [*PAPERS]       # papers in their order, then what is of none
+    for p in sorted(profile.rglob('*.png'), key=lambda p: (order.index(of(p)) if of(p) in order else len(order), p.as_posix())):
+        folders.setdefault(of(p), []).append(p)
     if not folders: return pages
     link = lambda p: f'_static/paper_figures/{p.relative_to(ROOT/"paper_figures").as_posix()}'
     parts = [text for folder, paths in folders.items() for text in
