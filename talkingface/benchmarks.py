@@ -30,6 +30,7 @@ from .experts.checkpoints import build_expert
 from .experts.features import FeatureNet
 from .generators.base import build_generator
 from .generators.references import Silencer
+from .losses.av_expert import insertion_cost
 from .losses.perceptual import VGG19Features
 from .pipeline import params_block, read_params
 from .training.experts import ExpertParams, expert_trainer
@@ -187,6 +188,13 @@ def _say_scoring(say, experts: dict, seconds: float, full: bool) -> None:
         for frames in (100, 1500):
             for part, (took, ratio) in bench_avhubert(net, frames, seconds).items():
                 say(f'{name}, {part}, {frames//25} s of video', took, 's'); say(f'{name}, {part}, {frames//25} s: plain / ours', ratio, 'times')
+        _say_insertion(say, name, insertion_cost(build_expert(configs[name])))
+
+def _say_insertion(say, name: str, found: dict) -> None:
+    "A step of paper B's loss on a clip of 4 s, one chunk: what is kept of the clip against all of it anew."
+    say(f'{name}, loss step, chunk of 5 in 4 s', found['ours_seconds'], 's'); say(f'{name}, loss step: plain / ours', found['ratio'], 'times')
+    say(f'{name}, loss step: memory', found['ours_bytes']/2**20, 'MiB'); say(f'{name}, loss step: memory, plain', found['plain_bytes']/2**20, 'MiB')
+    say(f'{name}, loss step: difference', found['difference'], '')
 
 # %% ../nbs/12_benchmarks.ipynb #c24e9d02
 def speed_summary(root: str | Path, profile: str) -> str:

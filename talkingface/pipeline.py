@@ -71,6 +71,7 @@ class Profile:
     prepare: PrepareParams
     experts: dict[str, dict]
     avhubert: dict
+    pretrained: dict[str, dict]
     readers: dict[str, dict]
     landmarker: dict
     features: dict
@@ -81,6 +82,7 @@ class Profile:
     robustness: dict
     behaviour: dict
     probes: dict                   # how many clips of the set test further measurements look at
+    validity: dict                 # of the study of metrics against the exact lip error
     figures: FigureParams
 
 @dataclass
@@ -88,6 +90,7 @@ class Params:
     "The whole of `params.yaml`."
     run: list[str]                 # profiles that `dvc repro` builds
     experts: dict[str, dict]
+    pretrained: dict[str, dict]    # AV-HuBERTs before fine-tuning
     readers: dict[str, dict]
     compared: list[str]            # experts of the robustness figures
     reported: list[str]            # experts of their table
@@ -98,6 +101,7 @@ class Params:
     others: dict[str, dict]        # methods of the tables that are no rows
     leak: list[str]                # rows whose leak is measured by intervention
     exploitation: list[str]        # rows that are scored by the experts that trained, too
+    av_exploitation: dict          # the same for paper B: rows, and scorers
     metrics: list[str]             # that the profiles share
     profiles: dict[str, dict]
 
@@ -112,7 +116,7 @@ def read_params(root: str | Path = '.') -> dict:
     typed(Params, params, 'params.yaml')
     for name, profile in params['profiles'].items():
         typed(Profile, profile, f'params.yaml profiles.{name}')
-        for block in ('experts', 'readers'):
+        for block in ('experts', 'pretrained', 'readers'):
             for lacking in params[block].keys() - profile[block].keys(): raise ParamsError(f"params.yaml profiles.{name}.{block}: missing {lacking}")
     if wrong := [p for p in params['run'] if p not in params['profiles']]: raise unknown_key(wrong[0], params['profiles'], 'params.yaml run')
     return params

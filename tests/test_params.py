@@ -29,7 +29,8 @@ def test_every_block_fills_its_dataclass(params, profile):
     block = params['profiles'][profile]; place = {'device': block['device'], 'seed': block['seed']}
     for name in params['experts']: typed(ExpertParams, {**place, **block['experts'][name]}, f'{profile}.experts.{name}')
     typed(AVHubertParams, {**place, **block['avhubert']}, f'{profile}.avhubert'); typed(RobustnessParams, block['robustness'])
-    for name in params['readers']: typed(AVHubertParams, {**place, **block['avhubert'], **block['readers'][name]}, f'{profile}.readers.{name}')
+    for name, reader in params['readers'].items():
+        typed(AVHubertParams, {**place, **block['avhubert'], **block['pretrained'][reader['start']], **block['readers'][name]}, f'{profile}.readers.{name}')
     assert {*params['compared'], *params['reported']} <= {*params['experts'], *params['readers']}
     typed(FeatureParams, {**place, **block['features']}); typed(BehaviourParams, block['behaviour'])
     typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
@@ -39,7 +40,7 @@ def test_every_block_fills_its_dataclass(params, profile):
         for row in params[part].values():
             what, settings = row_settings(row, block['generator'], {}, **place)
             generator_class(what.generator['name'])
-            assert settings.steps > 0 and set(what.losses) <= set(LOSSES) and (what.expert is None or what.expert in params['experts'])
+            assert settings.steps > 0 and set(what.losses) <= set(LOSSES) and (what.expert is None or what.expert in {*params['experts'], *params['readers']})
 
 
 def test_losses_of_paper_a_have_its_weights(params):
@@ -71,7 +72,8 @@ def test_neighbouring_rows_differ_in_one_thing(params):
                        ('setup_f', 'setup_g', {'losses'}), ('setup_e', 'ref_random', {'silence'}), ('setup_e', 'ref_wav2lip', {'silence'}), ('ref_random', 'ref_fixed', {'start', 'reference'}),
                        ('setup_b', 'setup_c', {'start'}), ('setup_e', 'ref_closed', {'silence', 'reference'}), ('setup_e', 'ref_lowest', {'silence', 'reference'}),
                        ('setup_d', 'sync_penalty', {'losses'}), ('av_plain', 'av_gap', {'losses'}), ('av_plain', 'av_penalty', {'losses'}), ('setup_e', 'ss_floor', {'options'}),
-                       ('setup_e', 'ss_silent', {'options'}), ('setup_g', 'final', {'start', 'expert'}), ('setup_d', 'av_plain', {'expert'}), ('setup_e', 'av_stabilized', {'expert'}), ('setup_d', 'sync_gap', {'losses'})):
+                       ('setup_e', 'ss_silent', {'options'}), ('setup_g', 'final', {'start', 'expert'}), ('setup_d', 'av_plain', {'expert'}), ('setup_e', 'av_stabilized', {'expert'}), ('setup_d', 'sync_gap', {'losses'}), ('visual_visual', 'multimodal', {'losses', 'since'}),
+                       ('multimodal', 'unsupervised', {'losses', 'since'}), ('setup_a', 'unsupervised', {'losses', 'since', 'expert'}), ('setup_a', 'joint_stabilized', {'losses', 'expert'})):
         assert differ(a, b) == what, (a, b)
 
 
@@ -84,7 +86,9 @@ def test_the_generator_stage_waits_for_what_its_rows_name(root, params):
 
 @pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
 def test_the_judge_trains_nothing(params, profile):
-    assert all(row.get('expert') != 'judge' for part in ('rows', 'silencers', 'rivals', 'warm_ups') for row in params[part].values())
+    trainers = {row.get('expert') for part in ('rows', 'silencers', 'rivals', 'warm_ups') for row in params[part].values()}
+    assert not trainers & {'judge', 'avhubert', 'avhubert_contrast'}
+    readers = params['readers']; assert readers['avhubert_trainer']['start'] not in {readers[n]['start'] for n in ('avhubert', 'avhubert_contrast')}
     build_expert(params['profiles'][profile]['experts']['judge']['net'])
 
 
