@@ -97,8 +97,8 @@ def bench_generator(store: ClipStore, block: dict, row: dict, expert: dict, feat
     generator = build_generator(what.generator).to(memory_format=torch.channels_last)
     if audio: generator.load_audio(teacher)
     silencer = Silencer(build_generator({k: v for k, v in what.generator.items() if k != 'audio'})) if row.get('silence') else None
-    training = GeneratorTraining(fabric, generator, what, params, teacher, frozen(features), silencer)
-    batches = GeneratorBatches(store, what, params)
+    training = GeneratorTraining(fabric, generator, what, params, teacher, frozen(features), silencer, store)
+    batches = GeneratorBatches(store, what, params, stills=generator.stills)
     read = rate(batches.__getitem__, seconds/2)
     with watched_memory() as seen: steps = rate(lambda i: training.step(i, batches[i]), seconds)
     return dict(steps=steps, windows=read*params.batch, data_wait=steps/read, memory=seen[-1])

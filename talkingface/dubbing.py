@@ -20,12 +20,12 @@ import torch
 from .core import (FPS, SAMPLES_PER_FRAME, InputError, MissingExtra, MissingWeights, ParamsError, atomic_path, progress,
                               read_json, rng, weights_file, write_json)
 from .data.audio import fit_length, load_audio, mel_spectrogram
-from .data.clips import Clip, frame_mels, read_tensors
-from .data.faces import FaceTracker, Track, crop_faces, paste_faces
+from .data.clips import Clip, frame_mels, read_tensors, still_frames
+from .data.faces import FaceTracker, Track, crop_faces, paste_faces, to_crop
 from .data.video import VideoWriter, probe, read_frames, stream_frames, write_video
 from .experts.checkpoints import build_expert
 from .generators.base import Generator, build_generator, draw_clip
-from .generators.references import LowestSimilarity, Silencer, reference_track, shown_faces
+from .generators.references import LowestSimilarity, Silencer, check_silencer, reference_track, shown_faces, shown_stills
 from .generators.restore import load_restorer
 from .generators.wav2lip import load_wav2lip
 from .generators.speech import SpeechCache, Wav2Vec2Speech, frame_speech
@@ -33,9 +33,10 @@ from .training.generators import heard, not_run, reason_of, seed_folders
 from .weights import load_model
 
 # %% ../nbs/07_dubbing.ipynb #d0c2ced0
-def _draw(generator: Generator, faces: np.ndarray, references: np.ndarray, mels: np.ndarray, batch: int = 32, **speech) -> np.ndarray:
+def _draw(generator: Generator, faces: np.ndarray, references: np.ndarray, mels: np.ndarray, batch: int = 32,
+          **others) -> np.ndarray:                     # speech, stills, still_landmarks as `draw_clip` takes them
     "Draw (n,3,H,H) uint8 faces from the upper halves of `faces`, references of the same shape and mel windows (n,80,16)."
-    return (draw_clip(generator, faces, references, mels, batch, **speech)*255).round().to(torch.uint8).numpy()
+    return (draw_clip(generator, faces, references, mels, batch, **others)*255).round().to(torch.uint8).numpy()
 
 def _mel(sound: np.ndarray) -> np.ndarray:
     "The mel (80,M) of `sound`, which may be one already."
@@ -50,6 +51,12 @@ class Voice:
     choose: LowestSimilarity | None = None      # for the policy 'lowest'
     speech: SpeechCache | None = None           # for generators that hear features
 
+    def __post_init__(self): check_silencer(self.generator, self.silencer)
+
+    def stills(self, clip) -> np.ndarray | None:           # (R,) frame numbers
+        "The stills of a clip that the generator is shown; None for a generator that is shown none."
+        return still_frames(clip, self.generator.stills) if self.generator.stills else None
+
     def shown(self, clip, seed: int = 0) -> np.ndarray:    # (T,) frame numbers
         "The reference frame of each frame of a clip."
         return reference_track(clip, self.reference, seed, self.choose)
@@ -57,11 +64,15 @@ class Voice:
     def draw(self, clip: Clip,          # faces (T,3,H,H) uint8
              sound: np.ndarray,         # mel (80,M) or samples (S,) at 16 kHz; beyond its end there is silence
              shown: np.ndarray,         # (T,) frame numbers of the references
-             batch: int = 32            # frames at a time
+             batch: int = 32,                   # frames at a time
+             stills: np.ndarray | None = None   # (R,) frame numbers of the stills, or (T,R); None: they all are `shown`
             ) -> np.ndarray:            # (T,3,H,H) uint8
         "The faces of `clip`, speaking `sound`, from explicit reference frames; every frame of the clip comes back."
-        mels = frame_mels(_mel(np.asarray(sound)), len(clip.faces)); faces = np.asarray(clip.faces)
-        return _draw(self.generator, faces, shown_faces(faces, shown, self.silencer), mels, batch, **heard(self.speech, clip))
+        mels, wanted = frame_mels(_mel(np.asarray(sound)), len(clip.faces)), self.generator.stills; faces = np.asarray(clip.faces)
+        if wanted and stills is None:
+            stills = np.repeat(shown[:1] if len(set(shown.tolist())) == 1 else shown[:, None], wanted, -1)
+        return _draw(self.generator, faces, shown_faces(faces, shown, self.silencer), mels, batch, **heard(self.speech, clip),
+                     **shown_stills(clip, wanted, stills))
 
 def load_voice(folder: str | Path,                    # of a trained generator
                device: str = 'cpu',
@@ -95,7 +106,7 @@ def revoice(generator: Generator | Voice,
            ) -> np.ndarray:                # (T,3,H,H) uint8
     "The faces of `clip`, made by `generator` to speak `sound`; every frame of the clip comes back."
     voice = generator if isinstance(generator, Voice) else Voice(generator, reference)
-    return voice.draw(clip, sound, voice.shown(clip, seed), batch)
+    return voice.draw(clip, sound, voice.shown(clip, seed), batch, voice.stills(clip))
 
 # %% ../nbs/07_dubbing.ipynb #ff11cccc
 def ground_truth(clip: Clip, seed: int = 0) -> np.ndarray:
@@ -133,23 +144,31 @@ def _reference_frame(track: Track, reference: str, seed: int, name: str) -> int:
                          "use random, first or closed")
     return int(shown.pop())
 
-def _reference_face(video: Path, track: Track, frame: int, size: int) -> np.ndarray:
-    "The face crop (3,size,size) of one frame of the video."
-    start = 0
+def _face_crops(video: Path, track: Track, frames: np.ndarray, size: int) -> np.ndarray:
+    "The face crops (n,3,size,size) of some frames of the video, in their order; read up to the last of them."
+    start, found, wanted = 0, {}, np.unique(frames)
     for part in stream_frames(video):
-        if frame < start + len(part):
-            return crop_faces(part[frame - start:][:1], track.boxes[frame:frame + 1], size)[0].transpose(2, 0, 1)
+        here = wanted[(wanted >= start) & (wanted < start + len(part))]
+        found |= zip(here.tolist(), crop_faces(part[here - start], track.boxes[here], size)) if len(here) else ()
         start += len(part)
-    raise InputError(f"{video} has {start} frames, but frame {frame} was asked for; was the track made from another video?")
+        if len(found) == len(wanted): return np.stack([found[f] for f in frames.tolist()]).transpose(0, 3, 1, 2)
+    raise InputError(f"{video} has {start} frames, but frame {wanted[-1]} was asked for; was the track made from another video?")
+
+def _pictures(video: Path, track: Track, generator: Generator, index: int) -> tuple:   # (1,3,H,H) uint8, dict, (R,) frame numbers
+    "The reference, and stills with their landmarks for a generator that wants some, of one pass over the video."
+    points, at = to_crop(track.landmarks, track.boxes, generator.size), np.zeros(0, int)
+    if generator.stills: at = still_frames(SimpleNamespace(landmarks=points, valid=track.valid), generator.stills)
+    crops = _face_crops(video, track, np.array([index, *at]), generator.size)
+    return crops[:1], dict(stills=crops[1:], still_landmarks=points[at]) if len(at) else {}, at
 
 def _dub_frames(frames: np.ndarray, track: Track, generator: Generator, shown: np.ndarray, mels: np.ndarray,
-                feather: float, speech: np.ndarray | None = None) -> np.ndarray:
+                feather: float, speech: np.ndarray | None = None, **stills) -> np.ndarray:
     "A chunk of frames with new faces where there are faces; `track`, `mels` and `speech` are those of the chunk."
     seen = np.flatnonzero(track.valid)
     if not len(seen): return frames
     faces = crop_faces(frames[seen], track.boxes[seen], generator.size).transpose(0, 3, 1, 2)
     drawn = _draw(generator, faces, np.broadcast_to(shown, faces.shape), mels[seen],
-                  **{} if speech is None else dict(speech=speech[seen])).transpose(0, 2, 3, 1)
+                  **{} if speech is None else dict(speech=speech[seen]), **stills).transpose(0, 2, 3, 1)
     out = frames.copy()
     out[seen] = paste_faces(frames[seen], drawn, track.boxes[seen], feather, generator.region)
     return out
@@ -168,12 +187,13 @@ def dub(video: str | Path,             # the face; any container, rate and size
         speech: Wav2Vec2Speech | None = None   # for a generator that hears features
        ) -> dict:                      # what was done, plain values
     "Write `video` with its face speaking `audio`, as long as the video to the frame, and report what was done."
-    video, out = Path(video), Path(out)
+    check_silencer(generator, silencer); video, out = Path(video), Path(out)
     track, wav = tracker.track(video), load_audio(audio)
     frames, given = len(track), len(wav)/SAMPLES_PER_FRAME
     wav = fit_length(wav, frames)
     mel, index = mel_spectrogram(wav), _reference_frame(track, reference, seed, video.stem)
-    shown, start = shown_faces(_reference_face(video, track, index, generator.size)[None], np.zeros(1, int), silencer)[0], 0
+    picture, stills, at = _pictures(video, track, generator, index)
+    shown, start = shown_faces(picture, np.zeros(1, int), silencer)[0], 0
     features = (speech or Wav2Vec2Speech(device=str(next(generator.parameters()).device))).features(wav) if generator.hears == 'speech' else None
     with VideoWriter(out, FPS, wav) as writer:
         for part in stream_frames(video, chunk=chunk):
@@ -181,8 +201,8 @@ def dub(video: str | Path,             # the face; any container, rate and size
             start += len(part)
             if start > frames: break
             piece = Track(track.landmarks[now], track.boxes[now], track.valid[now])
-            at = np.arange(now.start, now.stop); spoken = None if features is None else frame_speech(features, at)
-            writer.write(_dub_frames(part, piece, generator, shown, frame_mels(mel, at), feather, spoken))
+            here = np.arange(now.start, now.stop); spoken = None if features is None else frame_speech(features, here)
+            writer.write(_dub_frames(part, piece, generator, shown, frame_mels(mel, here), feather, spoken, **stills))
         if start != frames:
             raise InputError(f"{video} has {'at least ' if start > frames else ''}{start} frames at {FPS} per second, its track "
                              f"has {frames}; track this video again")
@@ -190,7 +210,8 @@ def dub(video: str | Path,             # the face; any container, rate and size
     return dict(video=video.name, audio=Path(audio).name, out=out.name, frames=frames, seconds=frames/FPS,
                 source_fps=probe(video).fps, dubbed=frames - without, without_face=without, audio_seconds=round(given/FPS, 3),
                 audio_change='cut' if given > frames else 'padded with silence' if given < frames else 'none',
-                reference=reference, reference_frame=index, seed=seed, generator=generator.config)
+                reference=reference, reference_frame=index, **dict(stills=at.tolist()) if len(at) else {}, seed=seed,
+                generator=generator.config)
 
 # %% ../nbs/07_dubbing.ipynb #29400b8e
 def save_faces(path: str | Path,      # NAME.safetensors
@@ -210,12 +231,14 @@ def stored_faces(folder: str | Path, names: list[str]) -> dict[str, np.ndarray]:
 # %% ../nbs/07_dubbing.ipynb #909d073c
 def _revoice(voice: Voice, method: str, clips, into: Path, seed: int, made_by: dict) -> None:
     "Faces of every clip in `into`, and the record."
-    shown = {}
+    shown, stills = {}, {}
     for clip in progress([clips[i] for i in range(len(clips))], f'{method} {into.name}'):
-        at = voice.shown(clip, seed); shown[clip.name] = at.tolist()
-        save_faces(into/f'{clip.name}.safetensors', voice.draw(clip, clip.mel, at))
-    sets = sorted({row['split'] for row in clips.rows})
-    write_json(into/'meta.json', dict(method=method, clips=len(clips), sets=sets, reference=voice.reference, seed=seed, **made_by, shown=shown))
+        at, some = voice.shown(clip, seed), voice.stills(clip); shown[clip.name] = at.tolist()
+        if some is not None: stills[clip.name] = some.tolist()
+        save_faces(into/f'{clip.name}.safetensors', voice.draw(clip, clip.mel, at, stills=some))
+    sets = sorted({row['split'] for row in clips.rows}); pictures = dict(shown=shown, **dict(stills=stills) if stills else {})
+    write_json(into/'meta.json', dict(method=method, clips=len(clips), sets=sets, reference=voice.reference, seed=seed, **made_by,
+                                      **pictures))
 
 def _left_out(out: Path, method: str, reason: str, clips) -> str:
     out.mkdir(parents=True, exist_ok=True)
@@ -267,7 +290,8 @@ def restore_row(method: str, restorer: str,   # of `RESTORERS`
         names = [row['clip'] for row in getattr(clips, 'rows', ()) if row['clip'] in about['shown']] or list(about['shown'])
         for name, faces in progress(stored_faces(folder, names).items(), f'{method} {folder.name}', total=len(names)):
             save_faces(into/f'{name}.safetensors', net.restore(np.array(faces)))
-        kept = dict(shown={n: about['shown'][n] for n in names}, sets=sorted({row['split'] for row in getattr(clips, 'rows', ())}))
+        kept = {k: {n: about[k][n] for n in names} for k in ('shown', 'stills') if k in about}
+        kept['sets'] = sorted({row['split'] for row in getattr(clips, 'rows', ())})
         write_json(into/'meta.json', dict(about, method=method, restorer=net.protocol, clips=len(names), **kept))
     return ''
 

@@ -106,6 +106,14 @@ class Params:
     profiles: dict[str, dict]
 
 # %% ../nbs/10_pipeline.ipynb #e88df93a
+def _check_trainings(params: dict, generator: dict, where: str) -> None:
+    "Refuse a number of trainings for a row that does not exist, or of none."
+    known = {name for part in ('warm_ups', 'silencers', 'rivals', 'rows') for name in params[part]}
+    if not isinstance(given := generator.get('seeds_of', {}), dict): raise ParamsError(f"{where}: expected a block of keys, got {given!r}")
+    for name, count in given.items():
+        if name not in known: raise unknown_key(name, known, where)
+        if not isinstance(count, int) or count < 1: raise ParamsError(f"{where}.{name}: expected at least 1 training, got {count!r}")
+
 def read_params(root: str | Path = '.') -> dict:
     "The contents of `params.yaml` in the checkout `root`, checked."
     import yaml
@@ -118,6 +126,7 @@ def read_params(root: str | Path = '.') -> dict:
         typed(Profile, profile, f'params.yaml profiles.{name}')
         for block in ('experts', 'pretrained', 'readers'):
             for lacking in params[block].keys() - profile[block].keys(): raise ParamsError(f"params.yaml profiles.{name}.{block}: missing {lacking}")
+        _check_trainings(params, profile['generator'], f'params.yaml profiles.{name}.generator.seeds_of')
     if wrong := [p for p in params['run'] if p not in params['profiles']]: raise unknown_key(wrong[0], params['profiles'], 'params.yaml run')
     return params
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from talkingface.core import InputError, MissingWeights, StoreError, rng
 from talkingface.data import clips as C
 from talkingface.data.audio import save_audio
 from talkingface.data.clips import (REFERENCES, ClipStore, ReferenceBatches, SyncBatches, clip_path, prepare, read_tensors,
-                                    reference_frames, sync_windows, valid_starts)
+                                    reference_frames, sync_windows, valid_starts, still_frames)
 from talkingface.data.corpora import Record
 from talkingface.data.faces import MEAN_FACE
 from talkingface.data.video import write_video
@@ -310,6 +311,43 @@ def test_references(store, reference):
             if reference == 'closed':
                 gap = C.aperture(clip.landmarks); at = np.arange(clip.frames); far = (at <= start - 5) | (at >= start + 9)
                 assert gap[frames[0]] == gap[far if far.any() else (at < start) | (at > start + 4)].min()
+
+
+def test_stills_change_nothing_else(store):
+    "A stream of their own: batches without stills are what they were, and with them the rest is bit for bit the same."
+    for reference in REFERENCES:
+        plain, shown = (ReferenceBatches(store, batch=4, reference=reference, seed=3, stills=n) for n in (0, 5))
+        for step in range(4):
+            one, other = plain[step], shown[step]
+            assert other.keys() - one.keys() == {'stills', 'still_landmarks', 'still_frame'} and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_stills_of_a_window(store):
+    batches, seen = ReferenceBatches(store, batch=6, stills=5), set()
+    for step in range(8):
+        batch = batches[step]; assert equal(batch, ReferenceBatches(store, batch=6, stills=5)[step])
+        assert batch['stills'].dtype == torch.uint8 and batch['still_landmarks'].dtype == torch.float32
+        for b in range(6):
+            clip, start, at = store[int(batch['clip'][b])], int(batch['start'][b]), batch['still_frame'][b].numpy()
+            np.testing.assert_array_equal(batch['stills'][b], clip.faces[at]); np.testing.assert_array_equal(batch['still_landmarks'][b], clip.landmarks[at])
+            assert clip.valid[at].all() and (np.diff(C.aperture(clip.landmarks[at])) >= 0).all()
+            frames = np.arange(clip.frames); far = clip.valid & ((frames <= start - 5) | (frames >= start + 9))
+            if far.any(): assert far[at].all() and len(set(at.tolist())) == min(5, far.sum())
+            seen |= {(int(batch['clip'][b]), tuple(at.tolist()))}
+    assert len(seen) > 24                                        # not one choice for each clip
+
+
+def test_stills_of_a_whole_clip_are_spread_over_its_openings(store):
+    for clip in store:
+        opened = C.aperture(clip.landmarks); known = np.flatnonzero(clip.valid); at = still_frames(clip, 5)
+        assert np.array_equal(at, still_frames(ClipStore(store.root).by_name(clip.name), 5)) and clip.valid[at].all()
+        assert len(set(at.tolist())) == min(5, len(known)) and (np.diff(opened[at]) >= 0).all()
+        assert opened[at[0]] == opened[known].min() and opened[at[-1]] == opened[known].max()
+        assert np.array_equal(opened[at], np.quantile(opened[known], np.linspace(0, 1, 5), method='lower'))
+    points = np.zeros((9, 68, 2)); points[:, 66, 1] = [3, 1, 2, 1, 1, 9, 1, 1, 3]; clip = SimpleNamespace(landmarks=points, valid=np.arange(9) != 1)
+    assert still_frames(clip, 3).tolist() == [3, 7, 5] and still_frames(clip, 1).tolist() == [3] and len(set(still_frames(clip, 8).tolist())) == 8
+    assert still_frames(clip, 12).tolist() == sorted(still_frames(clip, 12).tolist(), key=still_frames(clip, 8).tolist().index)
+    with pytest.raises(InputError, match='no frame with a face'): still_frames(SimpleNamespace(landmarks=points, valid=np.zeros(9, bool)), 5)
 
 
 def test_reference_of_a_whole_clip(store):

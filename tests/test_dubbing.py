@@ -3,16 +3,32 @@ import numpy as np
 import pytest
 import torch
 
-from talkingface.core import InputError
+from talkingface.core import InputError, read_json
 from talkingface.data.audio import load_audio, mel_spectrogram, save_audio
 from talkingface.data.clips import Clip
 from talkingface.data.faces import Track
 from talkingface.data.video import probe, read_frames, write_video
-from talkingface.dubbing import METHODS, dub, random_frame, reencoded, reference_track, revoice
+from talkingface.dubbing import METHODS, Voice, dub, random_frame, reencoded, reference_track, restore_row, revoice, revoice_row, stored_faces
+from talkingface.data.faces import crop_faces, to_crop
+from talkingface.generators.base import GENERATORS, Generator
 from talkingface.generators.light import LightGenerator
 from talkingface.generators.lipsync import LipSync
+from talkingface.generators.references import Silencer
+from talkingface.weights import save_model
 
 torch.set_num_threads(1)
+
+
+class Stills(Generator):
+    "Draws below the pose the first of its stills, the most closed."
+    region, needs, stills = (0, .5, 1, 1), ('masked', 'mel', 'stills', 'still_landmarks'), 5
+    def __init__(self, size: int = 96): super().__init__('stills', size=size); self.gain = torch.nn.Parameter(torch.ones(()))
+    def draw(self, batch):
+        self.seen = batch.still_landmarks
+        lower = (torch.arange(self.size) >= self.size//2).float().view(-1, 1)
+        return (batch.masked + lower*batch.stills[:, :1]*self.gain).clamp(0, 1)
+
+
 FRAMES, SIZE = 30, 80
 
 
@@ -123,6 +139,20 @@ def test_bad_input_is_named(generator, video, tmp_path):
     assert not (tmp_path/'o.mp4').exists()
 
 
+def test_a_generator_with_stills_dubs_a_video_from_its_own_frames(video, tmp_path):
+    "The stills are those that the crops of this track would give; frames without a face are none of them."
+    generator, track = Stills(), Fixed(missing=(0, 7)).track(video); points = to_crop(track.landmarks, track.boxes, 96)
+    report = dub(video, speech(tmp_path/'a.wav', 1.2), generator, Fixed(missing=(0, 7)), tmp_path/'out.mp4', chunk=7)
+    clip = a_clip(missing=(0, 7)); clip.landmarks = points; wanted = Voice(generator).stills(clip)
+    assert report['stills'] == wanted.tolist() and not {0, 7} & set(report['stills']) and len(set(report['stills'])) == 5
+    assert np.allclose(generator.seen[0].numpy(), points[wanted], atol=1e-4)
+    shown = crop_faces(read_frames(video)[wanted[:1]], track.boxes[wanted[:1]], 96)[0].astype(int)
+    out = crop_faces(read_frames(tmp_path/'out.mp4')[12:13], track.boxes[12:13], 96)[0].astype(int)
+    assert abs(out - shown)[60:90, 10:86].mean() < 8
+    with pytest.raises(InputError, match='leave the silencer out'):
+        dub(video, tmp_path/'a.wav', generator, Fixed(), tmp_path/'no.mp4', silencer=Silencer(LightGenerator(width=8)))
+
+
 # ---- prepared clips -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('frames', [1, 4, 29, 75])
 def test_revoiced_clips_keep_every_frame(generator, frames):
@@ -130,6 +160,27 @@ def test_revoiced_clips_keep_every_frame(generator, frames):
     out = revoice(generator, clip, clip.mel, batch=32)
     assert out.shape == clip.faces.shape and out.dtype == np.uint8
     assert np.array_equal(out[:, :, :48], clip.faces[:, :, :48])
+
+
+def test_a_clip_is_re_voiced_with_stills_spread_over_its_openings_unless_frames_are_named():
+    clip, voice = a_clip(), Voice(Stills()); closed = int(voice.stills(clip)[0])
+    out = revoice(voice, clip, clip.mel, batch=7)
+    assert (out[:, :, 48:] == clip.faces[closed, :, 48:]).all() and np.array_equal(out, revoice(Stills(), clip, clip.mel, batch=64))
+    named = np.random.default_rng(0).permutation(FRAMES)                       # as the measure of leaking does
+    assert np.array_equal(voice.draw(clip, clip.mel, named, 7)[:, :, 48:], clip.faces[named, :, 48:])
+    assert (voice.draw(clip, clip.mel, np.full(FRAMES, 3))[:, :, 48:] == clip.faces[3, :, 48:]).all()
+    assert Voice(LightGenerator(width=8)).stills(clip) is None
+
+
+def test_the_record_of_a_row_names_its_stills(tmp_path, monkeypatch):
+    monkeypatch.setitem(GENERATORS, 'stills', Stills)
+    class Clips(list): rows = [dict(clip='c', split='test')]
+    save_model(tmp_path/'row', Stills(), dict(run=dict(row=dict(reference='random')), config=Stills().config))
+    clip = a_clip(missing=(3,)); assert revoice_row('row', tmp_path/'row', Clips([clip]), tmp_path/'faces') == ''
+    meta = read_json(tmp_path/'faces'/'meta.json'); assert meta['stills'] == {'c': Voice(Stills()).stills(clip).tolist()}
+    assert (stored_faces(tmp_path/'faces', ['c'])['c'][:, :, 48:] == clip.faces[meta['stills']['c'][0], :, 48:]).all()
+    restore_row('sharp', 'unsharp', tmp_path/'faces', Clips([clip]), tmp_path/'sharp')
+    assert read_json(tmp_path/'sharp'/'meta.json')['stills'] == meta['stills']
 
 
 def test_group_size_does_not_matter_and_the_mode_is_restored(generator):

@@ -1,18 +1,23 @@
 """Generators: the contract at several sizes, what a batch may show, frozen parts, what the light one keeps, and bad input."""
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from talkingface.core import InputError, ParamsError
 from talkingface.experts.checkpoints import build_expert
-from talkingface.generators.base import (GENERATORS, ExpertAudio, GeneratorBatch, build_generator, check_generator, draw_clip,
-                                         generator_class, make_batch, random_batch)
+from talkingface.generators.base import (GENERATORS, ExpertAudio, Generator, GeneratorBatch, build_generator, check_generator,
+                                         draw_clip, generator_class, make_batch, random_batch)
 from talkingface.generators.light import LightGenerator, close_seam, fold, spread
 from talkingface.generators.lipsync import FaceEncoder, LipSync
+from talkingface.generators.references import LowestSimilarity, Silencer, check_silencer
 from talkingface.weights import load_model, save_model
 
 torch.set_num_threads(1)
-SMALL = {'lipsync': {'width': .125}, 'light': {'width': 8}, 'wav2lip': {'width': .125}}
+SMALL = {'lipsync': {'width': .125}, 'light': {'width': 8}, 'wav2lip': {'width': .125}, 'dinet': {'width': .125, 'scale': .25},
+         'g4g': {'width': .25, 'scale': .25, 'size': 96}}
 TOWERS = {'syncnet': {'name': 'syncnet', 'width': .125}, 'light_syncnet': {'name': 'light_syncnet', 'width': 8, 'dim': 16},
           'avsyncnet': {'name': 'avsyncnet', 'width': .125, 'dim': 32, 'size': 32},
           'avsyncnet V2': {'name': 'avsyncnet', 'width': .125, 'dim': 32, 'size': 32, 'audio': 'V2'}}
@@ -22,7 +27,7 @@ LISTENERS = ['lipsync', 'light']      # generators that take `audio`
 @pytest.mark.parametrize('name', SMALL)
 @pytest.mark.parametrize('size', [96, 128])
 def test_every_generator_meets_the_contract(name, size):
-    check_generator(build_generator({'name': name, 'size': size, **SMALL[name]}))
+    check_generator(build_generator({'name': name, **SMALL[name], 'size': size}))
 
 
 def test_every_registered_generator_is_checked_here(): assert set(SMALL) == set(GENERATORS)
@@ -40,8 +45,9 @@ def test_a_generator_is_rebuilt_from_its_config_and_loads_its_weights(name):
 @pytest.mark.parametrize('name', SMALL)
 def test_the_hidden_half_of_the_target_changes_nothing(name):
     generator = build_generator({'name': name, **SMALL[name]}).eval()
-    raw = dict(faces=torch.rand(1, 2, 3, 96, 96), reference=torch.rand(1, 2, 3, 96, 96), mel=torch.randn(1, 2, 80, 16))
-    other = dict(raw, faces=torch.cat([raw['faces'][..., :48, :], torch.rand(1, 2, 3, 48, 96)], -2))
+    raw = dict(faces=torch.rand(1, 2, 3, 96, 96), reference=torch.rand(1, 2, 3, 96, 96), mel=torch.randn(1, 2, 80, 16),
+               landmarks=torch.rand(1, 2, 68, 2)*96, stills=torch.rand(1, 5, 3, 96, 96), still_landmarks=torch.rand(1, 5, 68, 2)*96)
+    other = dict(raw, faces=torch.cat([raw['faces'][..., :48, :], torch.rand(1, 2, 3, 48, 96)], -2), landmarks=torch.rand(1, 2, 68, 2)*96)
     with torch.no_grad(): assert torch.equal(generator(make_batch(raw)), generator(make_batch(other)))
 
 
@@ -49,7 +55,8 @@ def test_the_hidden_half_of_the_target_changes_nothing(name):
 def test_frames_of_a_group_do_not_depend_on_each_other_in_eval_mode(name):
     generator = build_generator({'name': name, **SMALL[name]}).eval()
     batch = random_batch(groups=1, frames=4)
-    single = GeneratorBatch(masked=batch.masked[:, 2:3], reference=batch.reference[:, 2:3], mel=batch.mel[:, 2:3])
+    single = GeneratorBatch(masked=batch.masked[:, 2:3], reference=batch.reference[:, 2:3], mel=batch.mel[:, 2:3],
+                            stills=batch.stills, still_landmarks=batch.still_landmarks)
     with torch.no_grad(): assert torch.allclose(generator(batch)[:, 2:3], generator(single), atol=1e-5)
 
 
@@ -143,7 +150,7 @@ def test_a_clip_is_drawn_from_speech_features():
 
 # ---- the base model's layout --------------------------------------------------------------------------------------------
 def test_the_size_of_a_face_is_checked_before_anything_is_built():
-    for name in SMALL:
+    for name in ('lipsync', 'light', 'wav2lip'):              # the others resize to a crop of their own
         with pytest.raises(ParamsError, match='multiple of 32'): build_generator({'name': name, **SMALL[name], 'size': 90})
 
 
@@ -195,6 +202,76 @@ def test_folding_puts_the_seam_at_row_0():
 def test_closing_a_seam_that_is_closed_changes_nothing():
     painted = torch.rand(1, 3, 1, 1).expand(1, 3, 48, 96)
     assert torch.allclose(close_seam(painted, painted[:, :, :1], 9), painted, atol=1e-6)
+
+
+# ---- stills -------------------------------------------------------------------------------------------------------------
+class Stills(Generator):
+    "Shows the mean of its stills, shifted by the mean of their landmarks."
+    needs = ('masked', 'mel', 'stills', 'still_landmarks')
+    def __init__(self, size: int = 96, count: int = 3):
+        super().__init__('stills', size=size, count=count)
+        self.gain, self.side = torch.nn.Parameter(torch.ones(())), torch.nn.Linear(1, 1)
+    @property
+    def stills(self): return self.config['count']
+    def draw(self, batch):
+        self.inner = {'where': self.side(batch.still_landmarks.mean((1, 2, 3))[:, None])}
+        return (batch.stills.mean(1, keepdim=True)*self.gain).clamp(0, 1).expand_as(batch.masked)
+
+
+def test_a_generator_with_stills_meets_the_contract():
+    "With as many as it says; what only its inner features reach counts as reached."
+    check_generator(Stills()); check_generator(Stills(128, 5))
+    class Idle(Stills):
+        def draw(self, batch): return batch.masked*self.gain.clamp(0, 1)
+    with pytest.raises(AssertionError, match='no finite gradient reaches side.weight'): check_generator(Idle())
+
+
+def test_stills_of_a_batch_agree_with_each_other_and_with_the_generator():
+    batch = random_batch(stills=4)
+    assert batch.stills.shape == (2, 4, 3, 96, 96) and 0 <= batch.stills.min() and batch.stills.max() <= 1
+    assert batch.still_landmarks.shape == (2, 4, 68, 2) and len(batch[:1].stills) == 1
+    with pytest.raises(InputError, match='built for 3 stills, the batch has 4'): Stills()(batch)
+    with pytest.raises(InputError, match='Stills needs stills, still_landmarks'): Stills()(GeneratorBatch(masked=batch.masked, mel=batch.mel))
+    with pytest.raises(InputError, match='still_landmarks: .* where R is 4'): GeneratorBatch(stills=batch.stills, still_landmarks=batch.still_landmarks[:, :3])
+    with pytest.raises(InputError, match='stills: .* where H is 96'): GeneratorBatch(masked=batch.masked, stills=batch.stills[..., :64, :64])
+
+
+def test_the_other_fields_of_noise_do_not_depend_on_stills():
+    one, other = random_batch(stills=5), random_batch(stills=2)
+    assert all(torch.equal(getattr(one, k), getattr(other, k)) for k in one.present() if 'still' not in k)
+
+
+def test_a_clip_is_drawn_with_stills_for_all_its_frames_or_for_each():
+    draw = np.random.default_rng(0); faces = draw.integers(0, 256, (5, 3, 96, 96), dtype=np.uint8); mels = np.zeros((5, 80, 16), np.float32)
+    stills, points = faces[[0, 2, 4]], np.zeros((3, 68, 2), np.float32)
+    whole = draw_clip(Stills(), faces, faces, mels, 2, stills=stills, still_landmarks=points)
+    assert torch.allclose(whole, torch.from_numpy(stills/255).float().mean(0).expand(5, -1, -1, -1), atol=1e-6)
+    each = np.stack([stills, stills//2, stills//3, stills, stills])
+    apart = draw_clip(Stills(), faces, faces, mels, 2, stills=each, still_landmarks=np.zeros((5, 3, 68, 2), np.float32))
+    assert torch.allclose(apart[[0, 3, 4]], whole[[0, 3, 4]], atol=1e-6) and torch.allclose(apart[1], whole[1]/2, atol=.003)
+    with pytest.raises(InputError, match=r'Stills is shown 3 stills .* still_frames\(clip, 3\)'): draw_clip(Stills(), faces, faces, mels)
+    with pytest.raises(InputError, match='built for 3 stills, the batch has 2'): draw_clip(Stills(), faces, faces, mels, stills=stills[:2], still_landmarks=points[:2])
+
+
+def test_stills_and_silencers_do_not_go_together():
+    silencer = Silencer(LightGenerator(width=8))
+    with pytest.raises(InputError, match='Stills is shown 3 stills of a clip'): Silencer(Stills())
+    with pytest.raises(InputError, match='leave the silencer out'): check_silencer(Stills(), silencer)
+    check_silencer(Stills(), None); check_silencer(LightGenerator(width=8), silencer)
+
+
+# ---- the reference that fits the sound least ------------------------------------------------------------------------------
+def test_lowest_similarity_leaves_the_window_or_says_that_it_cannot():
+    table = np.arange(7, dtype=float)[:, None].repeat(40, 1)                   # the first candidate fits least, then the next
+    choose = LowestSimilarity(None, distance=5); choose.table = lambda clip: (np.arange(0, 28, 4), table)
+    clip = SimpleNamespace(name='c')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert choose(clip, 0, 5) == 12 and choose(clip, 10, 5) == 0           # of 12, 16, ...; of 0, 4, 20, 24
+    choose.table = lambda clip: (np.array([2, 4, 8]), table[:3])
+    with pytest.warns(UserWarning, match='clip c: no candidate for a reference is 5 frames from a window; the farthest, 3 frames away'):
+        assert choose(clip, 5, 5) == 2                                         # candidates 3, 1 and 0 frames away
+    with warnings.catch_warnings(): warnings.simplefilter('error'); assert choose(clip, 1, 4) == 8    # told once for a clip
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------------

@@ -105,7 +105,10 @@ def changed(root, tmp_path, change) -> None:
     (lambda t: t.replace('prepare: {size:', 'prepare: {sizes:', 1), "did you mean 'size'"),
     (lambda t: t.replace('device: cpu', 'device: cup', 1), 'device'),
     (lambda t: 'demo', 'expected a block'),
-], ids=['key', 'profile', 'missing', 'yaml', 'top', 'block', 'device', 'text'])
+    (lambda t: re.sub(r'\n      seeds: \d+', r'\g<0>\n      seeds_of: {setup_bb: 2}', t, count=1), "seeds_of: unknown key 'setup_bb', did you mean 'setup_b'"),
+    (lambda t: re.sub(r'\n      seeds: \d+', r'\g<0>\n      seeds_of: {setup_b: 0}', t, count=1), 'seeds_of.setup_b: expected at least 1 training, got 0'),
+    (lambda t: re.sub(r'\n      seeds: \d+', r'\g<0>\n      seeds_of: [setup_b]', t, count=1), 'seeds_of: expected a block of keys'),
+], ids=['key', 'profile', 'missing', 'yaml', 'top', 'block', 'device', 'text', 'row', 'none', 'list'])
 def test_a_wrong_file_is_refused(root, tmp_path, change, message):
     changed(root, tmp_path, change)
     with pytest.raises(ParamsError, match=re.escape(message)): read_params(tmp_path)

@@ -20,14 +20,18 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from talkingface.core import CheckpointError, ParamsError, TalkingFaceError
+from talkingface.core import CheckpointError, InputError, ParamsError, TalkingFaceError
 from talkingface.experts.checkpoints import build_expert
-from talkingface.generators.base import build_generator
+from talkingface.generators.base import GENERATORS, Generator, build_generator
 from talkingface.data.clips import SyncBatches
 from talkingface.training.experts import (Augmentation, ExpertParams, SyncObjective, bce_step, infonce, infonce_step, parted,
                                           phase_schedule, phase_warnings, prepared, train_expert)
 from talkingface.generators.references import Silencer
-from talkingface.training.generators import GeneratorBatches, GeneratorParams, GeneratorTraining, Row, train_generator
+from talkingface.losses.adversarial import held
+from talkingface.losses.objective import LOSSES
+from talkingface.losses.reconstruction import LossTerm
+from talkingface.training import generators, loop
+from talkingface.training.generators import GeneratorBatches, GeneratorParams, GeneratorTraining, Row, build_terms, train_generator
 from talkingface.training.loop import (Callback, EarlyStop, PlateauWarning, Validate, checkpoints, finish_run, fit, make_fabric,
                                        warmup_cosine)
 from talkingface.weights import load_model, load_published, load_weights, save_model
@@ -505,7 +509,6 @@ class Hearing:
 def test_a_row_that_hears_speech_features_is_trained_and_re_voiced(tmp_path, monkeypatch):
     "Setup C from its warm-up to its faces, with a stand-in for the published network."
     import talkingface.dubbing as dubbing
-    import talkingface.training.generators as generators
     for module in (dubbing, generators): monkeypatch.setattr(module, 'Wav2Vec2Speech', Hearing)
     clips = ToyStore([*map(toy_clip, range(3)), toy_clip(9, 'val')])
     block = dict(net={'name': 'light', 'width': 8}, seeds=2, warm_up=dict(steps=2, batch=2, frames=1, validate_clips=1), train=dict(steps=2, batch=2, validate_clips=1))
@@ -517,6 +520,152 @@ def test_a_row_that_hears_speech_features_is_trained_and_re_voiced(tmp_path, mon
     once = block | dict(seeds=1)
     generators.train_row(clips, dict(start='wav2vec2', losses={'pixel': 1.}), once, tmp_path/'row', folders)
     assert not (tmp_path/'row'/'seed-1').exists()
+
+
+# ---- terms that learn, stills, and what a block may say ------------------------------------------------------------------
+class Critics(LossTerm):
+    "Two discriminators in one module."
+    name = 'critics'
+    def __init__(self, width: int = 4):
+        self.discriminator = nn.ModuleDict({n: nn.Conv2d(3, width, 8, 8) for n in ('frames', 'pairs')})
+    def score(self, x): return sum(net(x.flatten(0, 1)).mean() for net in self.discriminator.values())
+    def __call__(self, output, batch):
+        with held(self.discriminator): return (self.score(output) - 1).square()
+    def discriminator_loss(self, real, fake): return (self.score(real.detach()) - 1).square() + self.score(fake.detach()).square()
+
+
+class Tempered(LossTerm):
+    "Compares what the generator keeps in `inner` with the brightness of the target, at a temperature that learns."
+    name, needs = 'tempered', ('target',)
+    def __init__(self, generator): self.generator, self.learnable = generator, nn.Linear(1, 1)
+    def __call__(self, output, batch): return (self.learnable(self.generator.inner['level']) - batch.target.mean((1, 2, 3, 4))[:, None]).square().mean()
+
+
+class Album(Generator):
+    "Pastes the mean of its stills below the pose."
+    needs = ('masked', 'stills', 'still_landmarks')
+    def __init__(self, size: int = 96, count: int = 3, side: bool = False):
+        super().__init__('album', size=size, count=count, side=side)
+        self.gain = nn.Parameter(torch.full((3, 1, 1), .5)); self.side = nn.Linear(1, 1) if side else None
+    @property
+    def stills(self): return self.config['count']
+    def draw(self, batch):
+        self.inner = {'level': batch.still_landmarks.mean((1, 2, 3))[:, None] + self.gain.mean()}
+        lower = (torch.arange(self.size) >= self.size//2).float().view(-1, 1)
+        return (batch.masked + lower*batch.stills.mean(1, keepdim=True)*self.gain).clamp(0, 1)
+
+
+@pytest.fixture
+def album(monkeypatch):
+    monkeypatch.setitem(GENERATORS, 'album', Album)
+    for term in (Critics, Tempered): monkeypatch.setitem(LOSSES, term.name, term)
+
+
+def test_terms_with_discriminators_and_learnable_parts_resume_bit_for_bit(tmp_path, toys, monkeypatch, album):
+    "A generator with stills, a term with two discriminators that begins late, and one with parameters of its own."
+    row = Row({'name': 'album'}, {'pixel': 1., 'critics': .1, 'tempered': .1}, since={'critics': 2})
+    params = lambda every: GeneratorParams(steps=8, batch=2, warmup=2, validate_clips=1, log_every=1, checkpoint_every=every)
+    metrics = train_generator(toys, row, params(200), tmp_path/'whole')
+    deaths = interrupted(monkeypatch, GeneratorTraining, 'step', 0, 1, 4)
+    assert run_to_end(lambda: train_generator(toys, row, params(3), tmp_path/'broken'), deaths) == metrics
+    assert_same_run(tmp_path/'whole', tmp_path/'broken')
+    log = pd.read_csv(tmp_path/'whole'/'log.csv')
+    assert log['weight_critics'].tolist() == [0, 0] + [.1]*6 and log['grad_discriminator_critics'].notna().tolist() == [False]*2 + [True]*6
+
+
+def test_what_learns_in_a_term_is_trained_and_kept_in_checkpoints(tmp_path, toys, album):
+    fabric = make_fabric(threads=1); row = Row({'name': 'album'}, {'tempered': 1.}); params = GeneratorParams(steps=4, batch=2)
+    generator = build_generator(row.generator); training = GeneratorTraining(fabric, generator, row, params)
+    assert training.terms['tempered'].generator is generator
+    term, batches = training.terms['tempered'].learnable, GeneratorBatches(toys.split('train'), row, params, stills=3)
+    before = term.weight.detach().clone(); training.step(0, batches[0])
+    assert not torch.equal(before, term.weight) and training.modules['term_tempered'] is term
+    assert {id(p) for g in training.optimizers['generator'].param_groups for p in g['params']} >= {id(p) for p in term.parameters()}
+    with pytest.raises(InputError, match="loss 'tempered' needs the generator that is trained; pass generator="): build_terms(row)
+
+
+def test_a_checkpoint_tells_the_weights_of_its_last_step(tmp_path, toys, monkeypatch):
+    "Not those that the row will have in the end."
+    row = Row({'name': 'light', 'width': 8}, {'pixel': 1., 'adversarial': .1}, since={'adversarial': 3}, options={'adversarial': {'width': .125}})
+    params, kept = GeneratorParams(steps=5, batch=2, validate_clips=1, log_every=1, checkpoint_every=1), {}
+    write = loop.write_json
+    monkeypatch.setattr(loop, 'write_json', lambda path, value: (kept.__setitem__(value['step'], value['weights']) if 'weights' in value else None, write(path, value)))
+    train_generator(toys, row, params, tmp_path/'run')
+    assert [kept[k]['adversarial'] for k in (1, 2, 3, 4, 5)] == [0, 0, 0, .1, .1] and json.loads((tmp_path/'run/meta.json').read_text())['weights']['adversarial'] == .1
+    assert pd.read_csv(tmp_path/'run'/'log.csv')['weight_adversarial'].tolist() == [0, 0, 0, .1, .1]
+
+
+def test_the_discriminator_waits_for_its_term(toys):
+    "Until its step it stays as it was made."
+    fabric = make_fabric(threads=1); params = GeneratorParams(steps=5, batch=2)
+    row = Row({'name': 'light', 'width': 8}, {'pixel': 1., 'adversarial': .1}, since={'adversarial': 1}, options={'adversarial': {'width': .125}})
+    training = GeneratorTraining(fabric, build_generator(row.generator), row, params); batches = GeneratorBatches(toys.split('train'), row, params)
+    weights = lambda: torch.cat([p.detach().flatten().clone() for p in training.modules['discriminator'].parameters()])
+    before = weights(); assert 'discriminator' not in training.step(0, batches[0]) and torch.equal(before, weights())
+    assert float(training.step(1, batches[1])['grad_discriminator']) > 0 and not torch.equal(before, weights())
+
+
+@pytest.mark.parametrize('since, message', [({'pixel': 0, 'sync': 10}, 'row.since.sync: expected a step of a training of 10 steps, 0 to 9, got 10'),
+                                            ({'sync': -1}, 'row.since.sync: expected a step of the training, 0 or later, got -1')])
+def test_a_step_that_never_comes_is_refused(tmp_path, toys, since, message):
+    expert = build_expert({'name': 'light_syncnet', 'width': 8, 'dim': 16}); made = lambda: Row({'name': 'light', 'width': 8}, {'pixel': 1., 'sync': .1}, since=since)
+    with pytest.raises(ParamsError, match=message): train_generator(toys, made(), GeneratorParams(steps=10), tmp_path/'run', expert)
+    block = dict(net={'name': 'light', 'width': 8}, train=dict(steps=10))
+    with pytest.raises(ParamsError, match=message): generators.row_settings(dict(losses={'pixel': 1., 'sync': .1}, since=since), block, {})
+
+
+def test_stills_go_with_training_and_validation(tmp_path, toys, album):
+    row = Row({'name': 'album', 'count': 2}, {'pixel': 1.}); params = GeneratorParams(steps=2, batch=2, validate_clips=1, log_every=1)
+    metrics = train_generator(toys, row, params, tmp_path/'run')
+    again = load_model(tmp_path/'run', build_generator); assert again.stills == 2
+    assert generators.generator_quality(again, toys.split('val'))['l1_lower'] == pytest.approx(metrics['val']['l1_lower'], abs=1e-6)
+    with pytest.raises(InputError, match='leave the silencer out'):
+        train_generator(toys, Row({'name': 'album'}, {'pixel': 1.}, silence='silent'), params, tmp_path/'no', silencer=Silencer(build_generator({'name': 'light', 'width': 8})))
+
+
+def test_a_row_changes_its_network_and_keeps_the_weights_of_its_warm_up(tmp_path, toys, album):
+    "Ablations are parameters of one class: a part may be switched off, not invented."
+    block = dict(net={'name': 'light', 'width': 8}, train=dict(steps=1, batch=2, validate_clips=1),
+                 album_warm_up=dict(net={'name': 'album', 'side': True}, steps=1, batch=2, validate_clips=1), album=dict(steps=1, batch=2, lr=1e-9, validate_clips=1))
+    folders, losses = generators.Folders(warm_ups=tmp_path/'warm_ups'), {'losses': {'pixel': 1.}}
+    generators.train_row(toys, dict(training='album_warm_up', **losses), block, tmp_path/'warm_ups'/'album', folders)
+    generators.train_row(toys, dict(training='album', start='album', net={'side': False}, **losses), block, tmp_path/'row', folders)
+    start, row = (load_model(tmp_path/p, build_generator) for p in ('warm_ups/album', 'row'))
+    assert row.config == start.config | {'side': False} and start.config['side'] and torch.allclose(row.gain, start.gain, atol=1e-6)
+    generators.train_row(toys, dict(training='album_warm_up', net={'side': False}, **losses), block, tmp_path/'warm_ups'/'plain', folders)
+    with pytest.raises(InputError, match='differs from its start in side: False there, True now, and the start has no weights for side'):
+        generators.train_row(toys, dict(training='album', start='plain', net={'side': True}, **losses), block, tmp_path/'no', folders)
+    with pytest.raises(ParamsError, match="did you mean 'side'"):
+        generators.train_row(toys, dict(training='album_warm_up', net={'sid': False}, **losses), block, tmp_path/'no', folders)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'seeds': 0}, 'generator.seeds: expected at least 1 training, got 0'), ({'seeds_of': {'row': 0}}, 'generator.seeds_of.row: expected at least 1 training, got 0'),
+    ({'seedz': 2}, "did you mean 'seeds'"), ({'tain': {'setps': 3}}, "generator.tain: unknown key 'setps', did you mean 'steps'"),
+    ({'mine': {'steps': 3}, 'train': {'stps': 3}}, "generator.train: unknown key 'stps'")])
+def test_a_wrong_block_is_refused_and_nothing_is_removed(tmp_path, toys, change, message):
+    (tmp_path/'row').mkdir(); (tmp_path/'row'/'kept').touch(); block = dict(net={'name': 'light', 'width': 8}, train=dict(steps=1)) | change
+    with pytest.raises(ParamsError, match=message): generators.train_row(toys, dict(losses={'pixel': 1.}), block, tmp_path/'row', generators.Folders(), name='row')
+    with pytest.raises(ParamsError, match=message): generators.row_settings(dict(losses={'pixel': 1.}), block, {})
+    assert (tmp_path/'row'/'kept').exists()
+
+
+def test_a_kind_of_training_is_any_block_of_settings():
+    block = dict(net={'name': 'light'}, train=dict(steps=3), g4g=dict(steps=5, net={'name': 'light', 'width': 16}))
+    what, params = generators.row_settings(dict(training='g4g', losses={'pixel': 1.}), block, {}); assert params.steps == 5 and what.generator['width'] == 16
+    with pytest.raises(ParamsError, match="row.training: unknown key 'gg', did you mean 'g4g'"): generators.row_settings(dict(training='gg', losses={'pixel': 1.}), block, {})
+
+
+def test_a_missing_training_of_a_start_is_named(tmp_path, toys):
+    "Too few, or enough but one that did not finish."
+    block = dict(net={'name': 'light', 'width': 8}, seeds=3, train=dict(steps=1, batch=2, validate_clips=1), warm_up=dict(steps=1, batch=2, frames=1, validate_clips=1))
+    folders, row = generators.Folders(warm_ups=tmp_path), dict(start='joint', losses={'pixel': 1.})
+    with pytest.raises(InputError, match="training 0 of 'joint', .* finished are none"): generators.row_parts(row, folders)
+    generators.train_row(toys, dict(training='warm_up', losses={'pixel': 1.}), block, tmp_path/'joint', folders)
+    with pytest.raises(InputError, match="training 3 of 'joint', .*seed-3 holds no finished one; finished are 0, 1, 2. Train 'joint' again"): generators.row_parts(row, folders, 3)
+    (tmp_path/'joint'/'seed-1'/'model.safetensors').unlink()
+    with pytest.raises(InputError, match="training 1 of 'joint', .*seed-1 holds no finished one; finished are 0, 2"): generators.row_parts(row, folders, 1)
+    assert generators.row_parts(row, folders, 2).keys() == {'start'}
 
 
 def test_what_a_generator_goes_on_from_is_on_record(tmp_path, toys):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'WINDOW', 'MAX_MISSING', 'COLUMNS', 'REFERENCES', 'read_tensors', 'Clip', 'clip_path', 'ClipStore',
            'frame_mels', 'valid_starts', 'sync_windows', 'aperture', 'prepare_clip', 'prepare', 'clip_order',
-           'spaced_choice', 'SyncBatches', 'reference_frames', 'ReferenceBatches']
+           'spaced_choice', 'SyncBatches', 'reference_frames', 'still_frames', 'drawn_stills', 'ReferenceBatches']
 
 # %% ../../nbs/01_data/06_clips.ipynb #5eeded4f
 import csv
@@ -533,6 +533,28 @@ def reference_frames(clip: Clip,                   # where to take them from
     return draw.choice(_away(whole, start, start, frames - 1 + distance)) + np.arange(frames)
 
 # %% ../../nbs/01_data/06_clips.ipynb #1d1bb3bd
+def _by_opening(clip: Clip, frames: np.ndarray) -> np.ndarray:
+    "Frame numbers from the most closed mouth to the widest; equal ones in the order of time."
+    frames = np.sort(frames); return frames[np.argsort(aperture(np.asarray(clip.landmarks)[frames]), kind='stable')]
+
+def still_frames(clip: Clip,        # or anything with `landmarks` (T,68,2) and `valid` (T,)
+                 count: int         # how many a generator wants
+                ) -> np.ndarray:    # (count,) frame numbers, of which each occurs once if the clip has enough
+    "Stills of a clip, spread evenly over the openings of its mouth: a function of the clip alone."
+    known = np.flatnonzero(clip.valid)
+    if not len(known): raise InputError("no frame with a face to take a still from")
+    return _by_opening(clip, known)[np.arange(count)*(len(known) - 1)//max(1, count - 1)]
+
+def drawn_stills(clip: Clip, count: int,        # how many
+                 start: int, frames: int,       # the window that they keep away from
+                 draw: np.random.Generator,
+                 distance: int = 5              # frames between window and stills
+                ) -> np.ndarray:                # (count,) frame numbers
+    "Stills of a window in training: different frames away from it at random, each again only if there are fewer."
+    away = draw.permutation(_away(np.asarray(clip.valid), start, start + frames - 1, distance))
+    return _by_opening(clip, np.resize(away, count))
+
+# %% ../../nbs/01_data/06_clips.ipynb #483d9526
 class ReferenceBatches(_Batches):
     "Batches for a generator, a pure function of the step: `batches[step]`."
     def __init__(self, store: ClipStore,            # usually one split of it
@@ -540,10 +562,11 @@ class ReferenceBatches(_Batches):
                  frames: int = WINDOW,              # length of the windows; the sync mel goes with the first five
                  reference: str = 'random',         # one of REFERENCES
                  min_offset: int = 5,               # frames from window to reference
-                 seed: int = 0):
+                 seed: int = 0,
+                 stills: int = 0):                  # pictures of the person for each window
         if reference not in REFERENCES: raise InputError(f"reference: expected one of {', '.join(REFERENCES)}, got {reference!r}")
         self.store, self.batch, self.frames, self.reference = store, batch, frames, reference
-        self.min_offset, self.seed, self._known = min_offset, seed, {}
+        self.min_offset, self.seed, self.stills, self._known = min_offset, seed, stills, {}
         if not len(store): raise InputError(f"ReferenceBatches: {store} has no clips")
 
     def __len__(self): return -(-len(self.store)//self.batch)
@@ -557,8 +580,16 @@ class ReferenceBatches(_Batches):
                 if clips[b] < 0: raise InputError(f"{self.store}: no clip has {self.frames} frames in a row with a face")
         return clips, np.array([draw.choice(self._starts(c)) for c in clips])
 
+    def _stills(self, step: int, clips, starts) -> dict:
+        "stills (B,R,3,H,W), still_landmarks (B,R,68,2) and still_frame (B,R), by a random stream of their own."
+        if not self.stills: return {}
+        draw, each = rng(self.seed, 'stills', step), zip(clips, starts)
+        at = np.stack([drawn_stills(self.store[c], self.stills, s, self.frames, draw, self.min_offset) for c, s in each])
+        points = np.stack([self.store[c].landmarks[f] for c, f in zip(clips, at)])
+        return dict(stills=self._faces(clips, at), still_landmarks=torch.from_numpy(points), **_numbers(still_frame=at))
+
     def __getitem__(self, step: int) -> dict:
-        "faces, reference (B,T,3,H,W), mel (B,T,80,16), mel_window (B,80,16), landmarks, valid, clip, start, reference_frame."
+        "faces, reference (B,T,3,H,W), mel (B,T,80,16), mel_window, landmarks, valid, clip, start, reference_frame; `_stills`."
         draw = rng(self.seed, 'reference', step); clips, starts = self._windows(step, draw)
         at = starts[:, None] + np.arange(self.frames)
         away = np.stack([reference_frames(self.store[c], self.reference, s, self.frames, draw, self.seed, self.min_offset)
@@ -566,4 +597,5 @@ class ReferenceBatches(_Batches):
         each = lambda get: torch.from_numpy(np.stack([get(self.store[c], f) for c, f in zip(clips, at)]))
         return dict(faces=self._faces(clips, at), reference=self._faces(clips, away), mel=each(lambda c, f: frame_mels(c.mel, f)),
                     mel_window=self._mels(clips, starts), landmarks=each(lambda c, f: c.landmarks[f]),
-                    valid=each(lambda c, f: c.valid[f]), **_numbers(clip=clips, start=starts, reference_frame=away))
+                    valid=each(lambda c, f: c.valid[f]), **_numbers(clip=clips, start=starts, reference_frame=away),
+                    **self._stills(step, clips, starts))

@@ -25,11 +25,11 @@ from ..weights import load_weights
 # %% ../../nbs/05_generators/00_base.ipynb #0ad3a61d
 _SHAPES = {'target': 'BT3HH', 'masked': 'BT3HH', 'reference': 'BT3HH', 'raw_reference': 'BT3HH', 'mel': ('B', 'T', 80, 16),
            'mel_window': ('B', 80, 16), 'landmarks': ('B', 'T', 68, 2), 'valid': 'BT', 'speech': 'BTSC',
-           'clip': 'B', 'start': 'B'}
+           'clip': 'B', 'start': 'B', 'stills': 'BR3HH', 'still_landmarks': ('B', 'R', 68, 2)}
 _KINDS = {'valid': torch.bool, 'clip': torch.int64, 'start': torch.int64}      # all others are floats
 
 def _agree(values: dict[str, Tensor]) -> dict[str, int]:
-    "Check every tensor against its named shape; B, T and H must be the same wherever they stand."
+    "Check every tensor against its named shape; B, T, H and R must be the same wherever they stand."
     sizes = {}
     for field, value in values.items():
         wanted = [int(n) if str(n).isdigit() else n for n in _SHAPES[field]]
@@ -56,6 +56,8 @@ class GeneratorBatch:
     speech: Tensor | None = None
     clip: Tensor | None = None
     start: Tensor | None = None
+    stills: Tensor | None = None
+    still_landmarks: Tensor | None = None
 
     def __post_init__(self): self._sizes = _agree(self.present())
     def present(self) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def make_batch(raw: dict,                                 # `faces`, references 
                          f"prepare the clips with size={size}")
     _agree({'target': target})
     fields = dict(target=target, masked=target*(1 - lower_half_mask(target.shape[-1], target.device)))
-    fields |= {k: to_unit(raw.pop(k)) for k in ('reference', 'raw_reference') if k in raw}
+    fields |= {k: to_unit(raw.pop(k)) for k in ('reference', 'raw_reference', 'stills') if k in raw}
     fields |= {k: v.to(_KINDS.get(k, torch.float32)) for k, v in raw.items()}
     return GeneratorBatch(**fields)
 
@@ -160,11 +162,13 @@ class Generator(nn.Module):
     needs: tuple[str, ...] = ('masked', 'reference', 'mel')  # fields of the batch that `draw` reads
     region: tuple[float, float, float, float] = (0, 0, 1, 1)  # what it draws of the face: x0, y0, x1, y1 as shares of the crop
     hears: str = 'mel'                                       # field that the sound comes in: 'mel' or 'speech'
+    stills: int = 0                                          # pictures of the person that it wants in `batch.stills`
 
     def __init__(self, name: str,  # its key in `GENERATORS`
                  **config):        # every argument that a copy is built from, plain values only
         super().__init__()
         self.config, self._frozen = dict(name=name, **config), ()
+        self.inner: dict[str, Tensor] = {}   # features of the last forward that losses may look at, by name
 
     @property
     def size(self) -> int:
@@ -182,6 +186,8 @@ class Generator(nn.Module):
         if batch.size != self.size:
             raise InputError(f"{type(self).__name__} draws {self.size} px faces, the batch has {batch.size} px; "
                              f"prepare the clips with size={self.size}")
+        if self.stills and batch.stills is not None and batch.stills.shape[1] != self.stills:
+            raise InputError(f"{type(self).__name__} was built for {self.stills} stills, the batch has {batch.stills.shape[1]}")
         return self.draw(batch)
 
     def listen(self, audio: dict | None, own: typing.Callable[[], nn.Module]) -> None:
@@ -221,15 +227,19 @@ def per_frame(batch: GeneratorBatch,                 # with masked, reference an
 
 # %% ../../nbs/05_generators/00_base.ipynb #9ba00905
 def random_batch(size: int = 96, groups: int = 2, frames: int = 5, seed: int = 0,
-                 speech: tuple[int, int] = tuple(SPEECH.values())) -> GeneratorBatch:   # S, C
+                 speech: tuple[int, int] = tuple(SPEECH.values()),   # S, C
+                 stills: int = 5                                     # R
+                ) -> GeneratorBatch:
     "A batch of noise with every field, for checks and timings."
     draw = np.random.default_rng(seed)
-    face = lambda: draw.integers(0, 256, (groups, frames, 3, size, size), dtype=np.uint8)
+    face = lambda count=frames: draw.integers(0, 256, (groups, count, 3, size, size), dtype=np.uint8)
+    points = lambda count: draw.uniform(0, size, (groups, count, 68, 2)).astype(np.float32)
     mel = lambda *lead: draw.uniform(-4, 4, (*lead, 80, 16)).astype(np.float32)
     return make_batch(dict(faces=face(), reference=face(), mel=mel(groups, frames), mel_window=mel(groups),
                            valid=np.ones((groups, frames)),
-                           landmarks=draw.uniform(0, size, (groups, frames, 68, 2)).astype(np.float32), raw_reference=face(),
-                           speech=draw.standard_normal((groups, frames, *speech), np.float32)), size)
+                           landmarks=points(frames), raw_reference=face(),
+                           speech=draw.standard_normal((groups, frames, *speech), np.float32),
+                           stills=face(stills), still_landmarks=points(stills)), size)
 
 # %% ../../nbs/05_generators/00_base.ipynb #62a07d2e
 def _check_output(generator: Generator, batch: GeneratorBatch) -> Tensor:
@@ -243,9 +253,10 @@ def _check_output(generator: Generator, batch: GeneratorBatch) -> Tensor:
     return output
 
 def _check_gradient(generator: Generator, batch: GeneratorBatch) -> None:
-    "A loss on the frames must reach every parameter that is meant to learn."
+    "A loss on the frames, and on what the generator keeps in `inner`, must reach every parameter that is meant to learn."
     generator.zero_grad()
-    generator(batch).square().mean().backward()
+    loss = generator(batch).square().mean()
+    (loss + sum(v.float().square().mean() for v in generator.inner.values() if v.requires_grad)).backward()
     learning = {k: p for k, p in generator.named_parameters() if p.requires_grad}
     unreached = [k for k, p in learning.items() if p.grad is None or not p.grad.isfinite().all()]
     assert not unreached, f"{type(generator).__name__}: no finite gradient reaches {', '.join(unreached)}"
@@ -258,7 +269,7 @@ def check_generator(generator: Generator) -> None:
     "Assert the contract: shapes, range, gradients, one-by-one equals batched, any T, and errors that name a missing field."
     training, name = generator.training, type(generator).__name__
     shape = getattr(getattr(generator, 'audio_encoder', None), 'shape', tuple(SPEECH.values()))
-    noise = lambda groups, frames: random_batch(generator.size, groups, frames, speech=shape)
+    noise = lambda groups, frames: random_batch(generator.size, groups, frames, speech=shape, stills=generator.stills or 5)
     _check_gradient(generator.train(), noise(2, 2))
     generator.eval()
     with torch.no_grad():
@@ -278,7 +289,9 @@ def check_generator(generator: Generator) -> None:
 # %% ../../nbs/05_generators/00_base.ipynb #84bb9fc4
 GENERATORS: dict[str, type | str] = {'lipsync': 'talkingface.generators.lipsync:LipSync',
                                      'light': 'talkingface.generators.light:LightGenerator',
-                                     'wav2lip': 'talkingface.generators.wav2lip:Wav2Lip'}
+                                     'wav2lip': 'talkingface.generators.wav2lip:Wav2Lip',
+                                     'dinet': 'talkingface.generators.dinet:DINet',
+                                     'g4g': 'talkingface.generators.g4g:G4G'}
 
 def generator_class(name: str) -> type:
     "The class that `name` stands for in `GENERATORS`."
@@ -307,14 +320,22 @@ def draw_clip(generator: Generator,
               references: np.ndarray,  # (T,3,H,H) uint8
               mels: np.ndarray | None, # (T,80,16); None for a generator that hears speech features
               chunk: int = 32,         # frames at a time
-              speech: np.ndarray | None = None   # (T,S,C), see generators.speech
+              speech: np.ndarray | None = None,  # (T,S,C), see generators.speech
+              stills: np.ndarray | None = None,  # (R,3,H,H) uint8 for the whole clip, or (T,R,3,H,H)
+              still_landmarks: np.ndarray | None = None   # (R,68,2) px of the stills, or (T,R,68,2)
              ) -> Tensor:              # (T,3,H,H) in [0, 1], on the CPU
     "All frames of a clip, drawn in evaluation mode on the generator's device."
     device = next((p.device for p in generator.parameters()), torch.device('cpu')); training, drawn = generator.training, []
     given = {k: v for k, v in dict(faces=faces, reference=references, mel=mels, speech=speech).items() if v is not None}
+    whole = {k: v for k, v in dict(stills=stills, still_landmarks=still_landmarks).items() if v is not None}
+    if generator.stills and stills is None:
+        raise InputError(f"{type(generator).__name__} is shown {generator.stills} stills of the person; "
+                         f"pass stills= and still_landmarks= of the frames still_frames(clip, {generator.stills})")
+    each = stills is not None and np.ndim(stills) == 5             # every frame is a group of its own
     generator.eval()
     for i in range(0, len(references), chunk):
-        raw = {k: v[None, i:i + chunk] for k, v in given.items()}
-        drawn.append(generator(make_batch(raw, generator.size, device))[0].float().cpu())
+        raw = {k: v[i:i + chunk, None] if each else v[None, i:i + chunk] for k, v in given.items()}
+        raw |= {k: v[i:i + chunk] if each else v[None] for k, v in whole.items()}
+        drawn.append(generator(make_batch(raw, generator.size, device)).flatten(0, 1).float().cpu())
     generator.train(training)
     return torch.cat(drawn)

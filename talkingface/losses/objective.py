@@ -11,6 +11,7 @@ import inspect
 from ..core import ParamsError, unknown_key
 from .adversarial import AdversarialLoss
 from .av_expert import AVMultimodalLoss, AVUnsupervisedLoss, AVVisualLoss
+from .g4g import AttributeLoss, ContrastiveLoss, LSAdversarialLoss, MouthPixelLoss, ScalesPerceptualLoss
 from .perceptual import PerceptualLoss
 from .reconstruction import LossTerm, PixelLoss
 from .sync import GapSyncLoss, PenaltySyncLoss, StabilizedSyncLoss, SyncLoss
@@ -18,10 +19,12 @@ from .triplet import AdaptiveTripletLoss, TripletLoss
 
 # %% ../../nbs/04_losses/05_objective.ipynb #22608618
 LOSSES = {cls.name: cls for cls in (PixelLoss, AdversarialLoss, PerceptualLoss, SyncLoss, GapSyncLoss, PenaltySyncLoss,
-                                    StabilizedSyncLoss, TripletLoss, AdaptiveTripletLoss, AVUnsupervisedLoss, AVVisualLoss, AVMultimodalLoss)}
+                                    StabilizedSyncLoss, TripletLoss, AdaptiveTripletLoss, AVUnsupervisedLoss, AVVisualLoss,
+                                    AVMultimodalLoss, AttributeLoss, ScalesPerceptualLoss, LSAdversarialLoss, MouthPixelLoss,
+                                    ContrastiveLoss)}
 
 def build_loss(name: str,   # a key of `LOSSES`
-               **options    # arguments of its constructor; networks too: expert, features
+               **options    # arguments of its constructor; networks too: expert, features, generator
               ) -> LossTerm:
     "The term called `name`; unknown names and options are refused with the nearest known one, and a missing network is named."
     if name not in LOSSES: raise unknown_key(name, LOSSES, 'losses')
