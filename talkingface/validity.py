@@ -9,7 +9,7 @@ __all__ = ['INNER', 'MOUTHS', 'BAD', 'HARMLESS', 'VALIDITY_FIELDS', 'KINDS', 'SC
            'mouth_of', 'degraded_rows', 'evaluate_validity', 'write_validity', 'read_validity', 'badness',
            'clip_correlations', 'correlations', 'correlation_difference', 'false_alarms', 'alarm_difference',
            'mouth_costs', 'cost_figure', 'differences', 'Study', 'shown_metrics', 'validity_figure', 'reading_floor',
-           'validity_table', 'reading', 'save_validity']
+           'validity_table', 'in_short', 'reading', 'save_validity']
 
 # %% ../nbs/10_validity.ipynb #c3038fdb
 import textwrap
@@ -637,10 +637,32 @@ def _spread(rows) -> str:
     told = [f'{kind} {each[kind].mean():.2f} px' for kind in ('generated', 'rendered') if kind in each]
     return f"Versions of one clip lie apart by a standard deviation of lip error of: {', '.join(told)}."
 
+_ALIKE = {1: 'better than', -1: 'worse than', 0: 'about as well as'}
+
+def _outcome(gaps, scope: str, measure: str) -> int:   # 1, -1, 0
+    "Whether AVS do better than LSE in most pairs of a scope, worse in most, or neither."
+    part = gaps[(gaps['scope'] == scope) & (gaps['measure'] == measure) & gaps['other'].str.startswith('lse')]
+    sign = 1 if measure == 'correlation' else -1
+    better, worse = (int((side*part[['low', 'high']] > 0).all(axis=1).sum()) for side in (sign, -sign))
+    return (better > len(part)/2) - (worse > len(part)/2)
+
+def in_short(gaps) -> str:
+    "One sentence on AVS against LSE: where they follow the error, and whether they keep calm when nothing is wrong."
+    scopes = {'rendered': 'where a mouth is plainly wrong', 'generated': 'among the small errors of generators'}
+    there = {k: v for k, v in scopes.items() if ((gaps['scope'] == k) & gaps['other'].str.startswith('lse')).any()}
+    told = [f"{text} AVS follow the exact lip error {_ALIKE[_outcome(gaps, scope, 'correlation')]} LSE" for scope, text in there.items()]
+    moves = [_outcome(gaps, c, 'false alarm') for c in dict.fromkeys(gaps[gaps['measure'] == 'false alarm']['scope'])]
+    calm = ''
+    if moves:
+        calm = (f"; when a face only moves they keep calmer than LSE under {moves.count(1)}, less calm under {moves.count(-1)} and "
+                f"alike under {moves.count(0)} of {len(moves)} kinds of move")
+    return f"In short: {', and '.join(told)}{calm}." if told else ''
+
 def reading(study: Study) -> str:
     "What the study says, in plain words with its numbers."
     rows, table, gaps, alarms = study.rows, study.correlations, study.differences, study.alarms
     names = [n for n in (_full(rows, b) for b in (*AVS, *RIVALS)) if n]; out = []
+    if len(gaps) and (short := in_short(gaps)): out.append(short)
     for scope, lead in (('generated', 'Among generated clips'), ('rendered', 'Among clips rendered with wrong mouths'),
                         ('moved', 'With harmlessly moved clips among them')):
         if told := _ranking(table, scope, names): out.append(f'{lead}, {told}.')
