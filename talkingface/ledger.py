@@ -535,8 +535,10 @@ class Part:
 
     @property
     def name(self) -> str:
-        "The key for people: `hd_lse_c` is hd LSE-C."
+        "The key for people: `hd_lse_c` is hd LSE-C, `avs_u_lmd` is AVS_u against LMD."
         metric = getattr(self.rule, 'metric', None); words = lambda key: key.replace('_', ' ').strip()
+        if metric and self.key.endswith(both := f"{metric}_{getattr(self.rule, 'other', '')}"):
+            return f'{words(self.key.removesuffix(both))} {metric_info(metric).label} against {metric_info(self.rule.other).label}'.strip()
         if not metric or not self.key.endswith(metric): return words(self.key)
         return f'{words(self.key.removesuffix(metric))} {metric_info(metric).label}'.strip()
 
@@ -1051,7 +1053,7 @@ def _effect(table, line) -> str:
     k = int(part.seeds); name = '' if part.id == line.id else f'{part.statement}: '
     if part.verdict == 'not_reproduced' and (half := re.search(r'short of half of the reported (\S+)', part.why)):
         told += f', short of half of the reported {half[1].rstrip(".,;:")}'
-    return f"{name}{told} ({k} training{'' if k == 1 else 's'})"
+    return f"{name}{told}" + (f" ({k} training{'' if k == 1 else 's'})" if k else '')     # a metric on many rows rests on no training of its own
 
 def readme_ledger(root: str | Path, profile: str, paper: str = 'A') -> str:
     "The verdicts on one paper in a profile, from its claims.csv; or a sentence that says it is not there."
