@@ -155,19 +155,22 @@ def run_benchmarks(root: str | Path,        # the checkout, with a prepared stor
     row = {**params['rows']['final'], 'start': 'expert'}; teacher = block['experts']['avsyncnet']['net']
     made = bench_generator(store, block['generator'], row, teacher, FeatureNet(width=8), seconds)
     _say_training(say, f"generator {block['generator']['net']['name']}, all losses of G", made)
+    reader = expert_config(block['avhubert']) if block.get('avhubert') else None
+    if reader: _say_training(say, f"generator {block['generator']['net']['name']}, losses of paper B",
+                             bench_generator(store, block['generator'], params['rows']['unsupervised'], reader, FeatureNet(width=8), seconds))
     if full:
         made = bench_generator(store, FULL_STEP, row, {'name': 'avsyncnet'}, VGG19Features(), seconds, threads=os.cpu_count(), precision='32-true')
         _say_training(say, 'G_L at full size, 16 x 5 frames, all losses of G, VGG-19', made)
         torch.set_num_threads(1)
     _say_scoring(say, block['experts'] | {k: block[k] for k in ('avhubert',) if block.get(k)}, seconds, full)
-    table = pd.DataFrame(lines).assign(machine=machine())
+    table = pd.DataFrame(lines).assign(machine=machine('1 thread used, all for a step at full size' if full else '1 thread used'))
     with atomic_path(root/'paper_figures'/profile/'bench.csv') as part: table.to_csv(part, index=False, lineterminator='\n', float_format='%.4g')
     return table
 
-def machine() -> str:
+def machine(threads: str = '1 thread used') -> str:
     "Processor, cores, load and torch of this machine: what absolute speeds depend on."
     cpu = next((line.partition(':')[2].strip() for line in _cpuinfo() if line.startswith('model name')), 'unknown processor')
-    return f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end, 1 thread used, torch {torch.__version__}'
+    return f'{cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end, {threads}, torch {torch.__version__}'
 
 def _cpuinfo() -> list[str]: return Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').is_file() else []
 

@@ -289,7 +289,8 @@ def _study_build(args) -> int:
     from talkingface.study import build_study, method_folders
     if not args.method: raise InputError("study build: expected --method NAME=DIR for every method that is compared")
     scales = [*args.scales.split(','), *args.scale]
-    made = build_study(method_folders(args.method), args.out, args.clips, scales, args.seed, args.raters)
+    sets = args.sets.split(',') if args.sets else ()
+    made = build_study(method_folders(args.method), args.out, args.clips, scales, args.seed, args.raters, args.store, sets)
     for note in made['notes']: print(f'note: {note}', file=sys.stderr)
     print(f"{len(made['items'])} videos: {len(made['clips'])} clips by {len(made['methods'])} methods; raters 1 to "
           f"{made['raters']}, about {made['minutes']} min each\nsend {Path(args.out)/'page'} to raters, each with a number "
@@ -406,8 +407,10 @@ def _study_command(add) -> None:
     p.add_argument('action', choices=['build', 'collect'])
     p.add_argument('--out', required=True, metavar='DIR', help='new or empty folder')
     p.add_argument('--method', action='append', metavar='NAME=DIR',
-                   help='build: a method and its videos, one for each clip, under the same names; repeated. '
-                        'The first is what the others are compared with')
+                   help='build: a method and its videos, one for each clip, under the same names; or, with --store, the folder of a row '
+                        'with its faces, or the store itself for the truth; repeated. The first is what the others are compared with')
+    p.add_argument('--store', metavar='DIR', help='build: the clip store that rows were made from, for their sound')
+    p.add_argument('--sets', metavar='A,B', help='build: only clips of these sets of the store, e.g. hd,test')
     p.add_argument('--clips', type=int, help='build: draw so many of the clips (default: all)')
     p.add_argument('--scales', default='visual,sync,realness', help='build: what is rated (default: visual,sync,realness)')
     p.add_argument('--scale', action='append', default=[], metavar='NAME=QUESTION', help='build: a scale of your own, repeated')

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'SCALES', 'SUFFIXES', 'SOUNDS', 'STUDY_CSS', 'STUDY_HTML', 'STUDY_SCRIPT', 'KEY_FORMAT', 'RATINGS_FORMAT',
            'RATING_FIELDS', 'FILE_FIELDS', 'SUMMARY', 'Scale', 'find_scales', 'balanced_square', 'rater_order',
-           'usual_raters', 'sound_file', 'browser_problem', 'copy_clip', 'method_folders', 'find_clips', 'study_page',
-           'study_checksum', 'build_study', 'krippendorff_alpha', 'crossed_interval', 'read_key', 'read_ratings',
-           'opinion_scores', 'opinion_differences', 'rater_agreement', 'opinion_metrics', 'study_table',
+           'usual_raters', 'sound_file', 'browser_problem', 'copy_clip', 'row_videos', 'method_folders', 'find_clips',
+           'study_page', 'study_checksum', 'build_study', 'krippendorff_alpha', 'crossed_interval', 'read_key',
+           'read_ratings', 'opinion_scores', 'opinion_differences', 'rater_agreement', 'opinion_metrics', 'study_table',
            'study_caption', 'collect_study', 'read_study']
 
 # %% ../nbs/09_study.ipynb #d9049df7
 import json
 import re
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterable
+from urllib.parse import quote
 
 import numpy as np
 
-from .core import InputError, ParamsError, atomic_path, file_hash, progress, read_json, rng, unknown_key, write_json
+from .core import FPS, InputError, ParamsError, atomic_path, file_hash, progress, read_json, rng, unknown_key, write_json
 from .data.video import _first, open_media, probe, stream_frames, write_video
 
 # %% ../nbs/09_study.ipynb #8ad28a24
@@ -146,6 +148,28 @@ def _encoded(source, target) -> Path:
     return write_video(target, stream_frames(source, info.fps), info.fps, wav, rate, crf=12)
 
 # %% ../nbs/09_study.ipynb #cdfb016e
+def _is_store(folder: str | Path) -> bool: return (Path(folder)/'store.json').is_file()
+
+def row_videos(folder: str | Path,     # generated faces, NAME.safetensors; or that of the store: the true faces
+               store,                  # a `ClipStore`
+               names: Iterable[str],   # clips
+               out: str | Path,        # gets NAME.mp4
+               zoom: int = 3           # times the side of the crops in the store, cubic
+              ) -> dict[str, Path]:    # clip -> video
+    "Face crops as videos for people, with the sound of their clips."
+    import cv2
+    from talkingface.dubbing import stored_faces
+    made, side, names = {}, zoom*store.size, list(names)
+    for name in progress(names, f'videos of {Path(folder).name}', len(names)):
+        clip = store.by_name(name); faces = clip.faces if _is_store(folder) else stored_faces(folder, [name]).get(name)
+        if faces is None: raise InputError(f"no faces of {name} in {folder}; expected {name}.safetensors, as generate writes it")
+        if len(faces) != clip.frames:
+            raise InputError(f"{folder}: {len(faces)} faces of {name}, and {store.root} has {clip.frames}; name the store they come from")
+        large = (cv2.resize(np.ascontiguousarray(f.transpose(1, 2, 0)), (side, side), interpolation=cv2.INTER_CUBIC) for f in faces)
+        made[name] = write_video(Path(out)/f"{quote(name, safe='')}.mp4", large, FPS, clip.wav, crf=12)
+    return made
+
+# %% ../nbs/09_study.ipynb #02a19b08
 def method_folders(given: Iterable[str]   # NAME=DIR
                   ) -> dict[str, Path]:
     "Methods and their folders, as the command line names them."
@@ -159,28 +183,60 @@ def method_folders(given: Iterable[str]   # NAME=DIR
         found[name] = Path(folder)
     return found
 
-def _listed(method: str, folder: Path) -> dict[str, Path]:
+def _faces(method: str, folder: Path, store) -> dict[str, Path]:
+    "Clips of a method that is stored as faces: name -> file; none if it has videos."
+    from talkingface.data.clips import clip_path
+    own, files = _is_store(folder), [p for p in sorted(folder.glob('*.safetensors')) if p.name[0] != '.']
+    if store is None and not (own or files): return {}
+    if store is None:
+        raise InputError(f"method {method}: {folder} {'is a clip store' if own else 'holds face crops without sound'}, and has no videos; "
+                         "name the clip store that they come from: --store DIR")
+    if own and folder.resolve() != store.root.resolve():
+        raise InputError(f"method {method}: {folder} is another clip store than {store.root}; expected one for all methods")
+    if own: return {n: clip_path(folder, n) for n in store.names}
+    if strange := [p.stem for p in files if p.stem not in set(store.names)]:
+        raise InputError(f"method {method}: {strange[0]} of {folder} is no clip of {store.root}; name the store that its faces come from")
+    return {n: p for n in store.names if (p := folder/f'{n}.safetensors').is_file()}
+
+def _listed(method: str, folder: Path, store=None) -> dict[str, Path]:
     "Clips of a method: name -> file."
     if not folder.is_dir(): raise InputError(f"method {method}: no such folder: {folder}")
+    if faces := _faces(method, folder, store): return faces
+    if (folder/'meta.json').is_file() and (reason := read_json(folder/'meta.json').get('not_run')):
+        raise InputError(f"method {method}: {folder} was not run ({reason}); leave it out")
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != '.')
-    if not files: raise InputError(f"method {method}: no videos in {folder}; expected files ending in {', '.join(SUFFIXES)}")
+    if not files:
+        raise InputError(f"method {method}: no videos in {folder}; expected files ending in {', '.join(SUFFIXES)}, or faces of a row, "
+                         "NAME.safetensors")
     found = {}
     for path in files:
         if path.stem in found: raise InputError(f"method {method}: {found[path.stem]} and {path.name} are one clip; remove one")
         found[path.stem] = path
     return found
 
-def find_clips(methods: dict[str, str | Path],   # name -> folder
+def _of_sets(every: dict, store, sets) -> dict:
+    "Only the clips of some sets of the store."
+    if not sets: return every
+    if store is None: raise InputError("sets: the clip store knows of which set a clip is, and none is named; add --store DIR")
+    kept = set(store.split(*sets).names)
+    return {m: {n: p for n, p in files.items() if n in kept} for m, files in every.items()}
+
+def find_clips(methods: dict[str, str | Path],   # name -> folder of videos or faces; that of the store: the true faces
                count: int | None = None,         # draw so many of the clips; None: all
-               seed: int = 0
+               seed: int = 0,
+               store=None,                       # a `ClipStore`, where methods are stored as faces
+               sets: Iterable[str] = ()          # splits of the store that clips are of; none: any
               ) -> tuple[list[str], dict]:       # clips, {(method, clip): file}
-    "The clips of a study; every method must have the same."
+    "The clips of a study; every method must have the same, but the store may have more."
     if len(methods) < 2: raise InputError(f"a study compares at least two methods, got {len(methods)}; the true clips can be one")
-    every = {m: _listed(m, Path(f)) for m, f in methods.items()}
-    names = sorted(set().union(*every.values()))
+    every = _of_sets({m: _listed(m, Path(f), store) for m, f in methods.items()}, store, sets)
+    names = sorted(set().union(*(files for m, files in every.items() if not _is_store(methods[m]))))
+    if not names: raise InputError(f"no clips to compare{' in ' + ', '.join(sets) if sets else ''}; expected a method with some")
     short = [f"{m} lacks {', '.join(lacking[:5])}{f' and {len(lacking) - 5} more' if len(lacking) > 5 else ''}"
              for m, files in every.items() if (lacking := [n for n in names if n not in files])]
-    if short: raise InputError(f"methods must have the same clips, by name: {'; '.join(short)}. Make them, or remove the others")
+    if short:
+        raise InputError(f"methods must have the same clips, by name: {'; '.join(short)}. Make them, or remove the others"
+                         f"{', or choose sets that all have: --sets A,B' if store else ''}")
     if count is not None:
         if not 1 <= count <= len(names): raise InputError(f"clips: expected 1 to {len(names)}, the number there is, got {count}")
         names = sorted(rng(seed, 'study', 'chosen').choice(names, count, replace=False).tolist())
@@ -531,18 +587,37 @@ def _minutes(seconds: float, items: int, scales: int) -> int:
     return max(1, round((1.5*seconds + 4*items*scales)/60))
 
 # %% ../nbs/09_study.ipynb #3823986b
-def build_study(methods: dict[str, str | Path],   # name -> folder with one video for each clip, under the same names
+def build_study(methods: dict[str, str | Path],   # name -> folder with a video, or the faces of a row, for each clip
                 out: str | Path,                  # new or empty: page/ is sent, key.json is kept
                 clips: int | None = None,         # draw so many of the clips; None: all
                 scales=('visual', 'sync', 'realness'),   # as `find_scales` takes them
                 seed: int = 0,
-                raters: int | None = None         # for how many orders are made; None: at least 20, balanced
+                raters: int | None = None,        # for how many orders are made; None: at least 20, balanced
+                store=None,                       # a clip store or its folder: sound of methods that are stored as faces
+                sets: Iterable[str] = ()          # splits of the store that clips are of; none: any
                ) -> dict:                         # the key, with `minutes` and `notes`
     "Make the page of a user study: blinded, in an order of its own for each rater, balanced over raters."
-    out, scales = _empty(out), find_scales(scales)
-    names, files = find_clips(methods, clips, seed)
+    from talkingface.data.clips import ClipStore
+    out, scales = _empty(out), find_scales(scales); store = ClipStore(store) if isinstance(store, (str, Path)) else store
+    names, files = find_clips(methods, clips, seed, store, sets)
     raters = usual_raters(len(methods)) if raters is None else raters
     if raters < 1: raise InputError(f"raters: expected at least 1, got {raters}")
+    with tempfile.TemporaryDirectory() as folder:
+        videos, notes = _as_videos(methods, files, store, Path(folder))
+        key, minutes, more = _study_of(list(methods), names, videos, out, scales, seed, raters)
+    return key | dict(minutes=minutes, notes=notes + more)
+
+def _as_videos(methods: dict, files: dict, store, folder: Path) -> tuple[dict, list[str]]:
+    "Videos in place of faces, and what to know of it."
+    faces = {m: [n for (of, n), p in files.items() if of == m and p.suffix == '.safetensors'] for m in methods}
+    faces = {m: names for m, names in faces.items() if names}
+    for i, (method, names) in enumerate(faces.items()):
+        files = files | {(method, n): p for n, p in row_videos(methods[method], store, names, folder/str(i)).items()}
+    plain = [m for m in methods if m not in faces]
+    return files, [f"{', '.join(faces)} show the face alone, {', '.join(plain)} what their videos show"] if faces and plain else []
+
+def _study_of(methods: list[str], names: list[str], files: dict, out: Path, scales: list[Scale], seed: int, raters: int) -> tuple:
+    "Write the study of such videos; its key, minutes and notes."
     found = _checked(files, scales); notes = _telling(found); rows = len(balanced_square(len(methods)))
     if raters % rows: notes.append(f"positions are balanced over {rows} raters and multiples of it; {raters} is none")
     problems = {files[k]: why for k in files if (why := browser_problem(files[k]))}
@@ -553,12 +628,12 @@ def build_study(methods: dict[str, str | Path],   # name -> folder with one vide
     minutes = _minutes(sum(i.seconds for i in found.values()), len(files), len(scales))
     if minutes > 30: notes.append(f"a rater takes about {minutes} minutes, and tires after 30 (ITU-R BT.500); choose fewer clips")
     index = {(c, m): item[method, clip] for m, method in enumerate(methods) for c, clip in enumerate(names)}
-    key = dict(format=KEY_FORMAT, study='', checksum='', seed=seed, raters=raters, methods=list(methods), clips=names,
+    key = dict(format=KEY_FORMAT, study='', checksum='', seed=seed, raters=raters, methods=methods, clips=names,
                encoded=bool(problems), scales=[asdict(s) | {'answers': list(s.answers)} for s in scales], items={},
                orders=_orders(len(methods), len(names), raters, seed, index))
     with atomic_path(out) as part:
         _write_study(part, key, {item[k]: (k, files[k], found[k]) for k in sorted(files, key=item.get)}, minutes)
-    return key | dict(minutes=minutes, notes=notes)
+    return key, minutes, notes
 
 def _write_study(folder: Path, key: dict, items: dict, minutes: int) -> None:
     "Clips, page and key; fills in what only the written clips tell."

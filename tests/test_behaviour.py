@@ -3,10 +3,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from talkingface.behaviour import DEGRADATIONS, BehaviourParams, answers, behaviour_figure, degraded, evaluate_behaviour, shift_figure
+from talkingface.behaviour import (DEGRADATIONS, BehaviourParams, GeneratedSource, answers, behaviour_figure, degraded, evaluate_behaviour,
+                                   shift_figure)
 from talkingface.core import InputError, ParamsError
 from talkingface.data.clips import ClipStore, prepare
 from talkingface.data.corpora import open_corpus
+from talkingface.dubbing import save_faces
 from talkingface.metrics.report import Scorers
 from talkingface.robustness import Source
 
@@ -67,6 +69,19 @@ def test_scores_of_pictures_follow_blur_and_ignore_late_sound(corpus, store):
     assert set(behaviour_figure(rows)[1]['degradation']) == {'blur', 'shift_x', 'late'}
     again = evaluate_behaviour(corpus, store, Scorers(), params, 'toy')
     pd.testing.assert_frame_equal(rows, again)
+
+
+def test_generated_faces_are_put_back_into_the_frames_before_these_are_shifted(corpus, store, source, tmp_path):
+    clip, how = store[0], DEGRADATIONS['shift_x']; made = 255 - np.asarray(clip.faces)
+    ours = GeneratedSource(next(r for r in corpus if r.clip == clip.name), clip, made)
+    inner = np.s_[..., 16:80, 16:80]; apart = lambda a, b: float(np.abs(a[inner].astype(float) - b[inner]).mean())
+    assert apart(degraded(ours, how, 0)[0], made) < 6 < 40 < apart(degraded(ours, how, 0)[0], clip.faces)
+    assert apart(degraded(ours, how, 6)[0], 255 - degraded(source, how, 6)[0]) < 6                    # moved as the truth moves
+    params = BehaviourParams(['words'], 2, levels={'late': [2]}).only('shift_x', ['psnr']); assert {how.name for how, _ in params.plan()} == {'shift_x'}
+    with pytest.raises(InputError, match='has no faces of'): evaluate_behaviour(corpus, store, Scorers(), params, 'toy', generated=tmp_path)
+    for clip in store: save_faces(tmp_path/f'{clip.name}.safetensors', np.asarray(clip.faces))
+    rows = evaluate_behaviour(corpus, store, Scorers(), params, 'toy', generated=tmp_path)
+    assert set(rows['degradation']) == {'shift_x'} and np.isfinite(rows[rows['level'] == 0]['value']).all()     # the way through the frames costs something
 
 
 def test_wrong_settings_are_named():

@@ -1,4 +1,5 @@
-"""The drawn diagrams say what the networks are: every box exists, shapes agree, and the gradient flows along every arrow."""
+"""The drawn diagrams say what the networks are: every box exists, shapes agree, the gradient flows along every arrow, and no arrow lacks."""
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import nn
 
 from talkingface.core import InputError
 from talkingface.data.faces import MEAN_FACE, to_crop
-from talkingface.diagrams import (EXPERT_PARTS, LAYOUTS, count_text, expert_parts, generator_parts, insertion_figure,
+from talkingface.diagrams import (EXPERT_PARTS, LAYOUTS, ROUTES, connections, count_text, expert_parts, generator_parts, insertion_figure,
                                   insertion_parts,
                                   model_figure, model_pictures)
 from talkingface.experts.avhubert import AVHubertExpert
@@ -73,6 +74,45 @@ def test_the_gradient_flows_along_every_arrow(net):
     net.eval()
 
 
+def test_every_connection_of_the_network_is_an_arrow(net):
+    "The converse: what flows directly is drawn, and once; routes belong to arrows."
+    mode, weights = net.training, {k: v.clone() for k, v in net.state_dict().items()}; edges = LAYOUTS[net.config['name']][1]
+    assert connections(net) == set(edges) and len(edges) == len(set(edges))
+    assert all((a, b) in LAYOUTS[name][1] for name, a, b in ROUTES)
+    assert net.training == mode and all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+
+
+def drawn(net, batch, **hooks):
+    "The output while some modules get a forward hook (module name -> hook) or, with `pre_`, one before."
+    put = [net.get_submodule(k.removeprefix('pre_').replace('__', '.')) for k in hooks]
+    kept = [m.register_forward_pre_hook(h) if k.startswith('pre_') else m.register_forward_hook(h) for m, (k, h) in zip(put, hooks.items())]
+    try:
+        with torch.no_grad(): return net.eval()(batch)
+    finally:
+        for h in kept: h.remove()
+
+
+def test_the_light_network_has_skips_and_warps_the_reference():
+    "By hand, apart from `connections`: each skip (the last 24, 16, 8 channels) zeroed, and another reference while `down` sees the old one."
+    net = build_generator(SMALL['light']); batch = random_batch(net.size, 1, 1)
+    torch.nn.init.normal_(net.paint.weight, std=.3); plain = drawn(net, batch); given = {}
+    for i in range(3):
+        cut = lambda _, takes, n=(24, 16, 8)[i]: (torch.cat([takes[0][:, :-n], torch.zeros_like(takes[0][:, -n:])], 1),)
+        assert not torch.equal(drawn(net, batch, **{f'pre_up__{i}': cut}), plain), f'skip {i}'
+    note = lambda i: lambda _, takes, gives: given.update({i: gives})
+    drawn(net, batch, **{f'down__{i}': note(i) for i in range(4)})
+    for field, rows in (('reference', slice(48, 96)), ('masked', slice(0, 48))):
+        other = dataclasses.replace(batch, **{field: 1 - getattr(batch, field)})
+        found = drawn(net, other, **{f'down__{i}': lambda *_, i=i: given[i] for i in range(4)})
+        assert not torch.equal(found[..., rows, :], plain[..., rows, :]), field
+
+
+def test_a_layout_that_lacks_an_arrow_is_not_drawn(expert, clip, monkeypatch):
+    net = build_generator(SMALL['light']); where, edges = LAYOUTS['light']
+    monkeypatch.setitem(LAYOUTS, 'light', (where, [e for e in edges if e != ('down', 'up')]))
+    with pytest.raises(InputError, match='down → up'): model_figure(net, expert, model_pictures(net, clip, 4, 12, 4, 5, expert), {}, frames=24)
+
+
 def test_shapes_in_the_boxes_are_those_of_a_pass(net, expert):
     parts = generator_parts(net)
     assert parts['audio_encoder'].takes[0] == (1, 80, 16) and parts['audio_projection'].takes[0][1:] == (1, 1)
@@ -114,6 +154,11 @@ def test_the_insertion_is_that_of_the_loss(expert, clip):
     with torch.no_grad(): whole = expert.embed_video(to_unit(torch.from_numpy(mixed))[None],
                                                      torch.from_numpy(clip.landmarks)[None])[0]
     assert np.allclose(whole, parts['lips'], atol=1e-4)
-    figure, table = insertion_figure(parts, 'A title'); assert table['cosine'].notna().sum() == 5 and len(table) == 24
+    figure, table = insertion_figure(parts, 'A title'); told = ' '.join(t.get_text() for t in figure.axes[0].texts)
+    assert 'only the 9 frames' in told and 'from 13 mouths' in told
+    assert table['cosine'].notna().sum() == 5 and len(table) == 24
     assert f"L_sync = {parts['loss']:.3f}" in ' '.join(t.get_text() for t in figure.axes[0].texts)
+    watched = []; hook = expert.net.feature_extractor_video.proj.register_forward_hook(lambda m, a, b: watched.append(b.shape[1]))
+    with torch.no_grad(): (term := AVExpertLoss(expert))(output, [context]); watched.clear(); term(output, [context])
+    hook.remove(); assert watched == [9]
     with pytest.raises(InputError, match='chunk of 5 frames'): insertion_parts(frames, clip, drawn, 22, expert)

@@ -45,6 +45,18 @@ def test_what_is_broken_is_named(site, html, message):
     assert build.check_links(site) == [message]
 
 
+def test_readings_stand_beside_their_figures(tmp_path, monkeypatch):
+    "Below the picture and before the next one, with headings below that of the figure."
+    monkeypatch.setattr(build, 'ROOT', tmp_path)
+    profile = tmp_path/'paper_figures'/'demo'; folder = profile/'av_expert'; folder.mkdir(parents=True)
+    for name in ('fig_a', 'fig_b'): (folder/f'{name}.png').write_bytes(b'')
+    (folder/'fig_a_reading.md').write_text('# What follows?\n\nThe first # does.\n\n## Why\n\nIt is so.\n'); (folder/'table.md').write_text('no reading')
+    page = build.results(profile)['results_demo']
+    of_a, of_b = page.split('### fig_a\n')[1].split('### fig_b\n')
+    assert of_a.strip().endswith('#### What follows?\n\nThe first # does.\n\n##### Why\n\nIt is so.') and of_a.index('fig_a.png') < of_a.index('What follows')
+    assert of_b.strip().endswith('fig_b.png)') and 'no reading' not in page
+
+
 def notebook():
     "A notebook about an exported function that the library has."
     source = '#| export\ndef frame_at(time): ...\n\ndef _hidden(): ...'

@@ -312,6 +312,37 @@ def test_a_scale_that_may_be_nothing_is_not_used(scores):
     assert -2 < low and high < 4
 
 
+@pytest.mark.parametrize('offset', [0., .3, -2.])
+def test_equal_gains_leave_no_difference_of_gains_whatever_the_offset(scores, offset):
+    "Both experts see the same gains; one has another scale and likes all generated faces more."
+    judged = scores[scores['scorer'] == 'judge']; made = ~judged['method'].isin(('ground_truth', 'shuffled_audio'))
+    gap = judged.groupby('method')['cosine'].mean()[['shuffled_audio', 'ground_truth']].diff().iloc[-1]
+    both = pd.concat([judged, judged.assign(scorer='trainer', cosine=5*(judged['cosine'] + offset*gap*made) + 2)])
+    trained, take = {'cunning': 'trainer', 'honest': None}, lambda rows: exploitation_table(rows, trained, metrics=['cosine'], baseline='honest')
+    found = take(both).set_index('role')
+    assert found['relative']['difference'] == pytest.approx(offset)
+    assert found.loc['gain_difference', ['relative', 'low', 'high']].to_list() == pytest.approx([0]*3, abs=1e-9)
+    more = both.assign(cosine=both['cosine'] + 5*.25*gap*((both['scorer'] == 'trainer') & (both['method'] == 'cunning')))
+    found = take(more).set_index('role')
+    assert found['relative']['gain_difference'] == pytest.approx(.25) and found['low']['gain_difference'] > 0
+
+
+def test_gains_are_compared_by_hand_and_leave_the_rest_alone(scores):
+    trained = {'cunning': 'trainer', 'honest': None}
+    plain, table = exploitation_table(scores, trained), exploitation_table(scores, trained, baseline='honest')
+    assert 'baseline' not in plain
+    rest = table[table['baseline'] == ''].drop(columns='baseline').reset_index(drop=True); pd.testing.assert_frame_equal(rest, plain)
+    mean = scores.groupby(['scorer', 'method', 'clip'])['lse_c'].mean().groupby(['scorer', 'method']).mean()
+    gain = {s: (mean[s, 'cunning'] - mean[s, 'honest'])/(mean[s, 'ground_truth'] - mean[s, 'shuffled_audio']) for s in ('trainer', 'judge')}
+    line = table[(table['metric'] == 'lse_c') & (table['role'] == 'gain_difference')].iloc[0]
+    assert line['relative'] == pytest.approx(gain['trainer'] - gain['judge']) and line['low'] < line['relative'] < line['high'] and line['baseline'] == 'honest'
+    assert len(exploitation_figure(plain)[0].axes) == 2 and len(exploitation_figure(table)[0].axes) == 4
+    text = exploitation_figure(table)[0]._supxlabel.get_text().replace('\n', ' ')
+    assert f"Cunning, LSE-C {line['relative']:.2f}".replace('-', '−').replace('LSE−C', 'LSE-C') in text and 'which the trainer did not train' in text
+    with pytest.raises(InputError, match="no scores of the baseline 'nobody'"): exploitation_table(scores, trained, baseline='nobody')
+    with pytest.raises(InputError, match='did not train'): exploitation_table(scores, dict.fromkeys(trained, 'trainer'), baseline='honest')
+
+
 def test_a_judge_that_trained_is_no_judge(scores):
     with pytest.raises(InputError, match='no judge'): exploitation_table(scores, {'cunning': 'judge'})
     with pytest.raises(InputError, match='no scores'): exploitation_table(scores, {'cunning': 'trainer'}, judge='nobody')

@@ -415,6 +415,23 @@ def test_without_files_nothing_is_run_and_nothing_fails(tmp_path):
     assert ledger_counts(table)['not_run'].sum() == len(LEDGER) == len(claims)
 
 
+def test_nothing_is_called_untrained_where_rows_are_there():
+    table = ledger(Evidence('demo', rows({'unsupervised': {'lse_c': 5.}, 'setup_a': {'lse_c': 6.}}))).set_index('id')
+    assert 'not trained yet' not in table.loc['B7', 'why'] and 'not trained yet' in table.loc['C5', 'why']
+
+
+def test_pairs_of_metrics_decide_where_the_validity_study_lets_them(root):
+    path = root/'paper_figures'/'demo'/'av_expert'/'fig_validity_differences.csv'
+    if not path.is_file(): pytest.skip('no validity study of demo in this checkout')
+    gaps = pd.read_csv(path); short = lambda name: name.partition('[')[0]
+    decides = {(short(g.metric), short(g.other), g.scope): g.decides for g in gaps[gaps['measure'] == 'correlation'].itertuples()}
+    claim = next(c for c in LEDGER if c.id == 'B10')
+    for part in claim.parts:
+        assert part.counts == decides[part.rule.metric, part.rule.other, part.rule.scope], part.key
+    assert {(p.rule.other, p.rule.scope): p.counts for p in claim.parts} == {
+        ('lse_c', 'generated'): True, ('lmd', 'generated'): False, ('lse_c', 'rendered'): True, ('lmd', 'rendered'): True}
+
+
 def test_what_was_reported_comes_from_the_table_of_published_numbers():
     table = ledger(Evidence('demo')).set_index('id')
     assert table.loc['A4.psnr', 'reported'] == '27.18† → 31.17†' and table.loc['A5.fid', 'reported'] == '? → 4.02†'

@@ -42,7 +42,10 @@ def checkout(root, tmp_path_factory) -> Path:
 PAPER_A = tuple(f'stabilized_sync/{f}' for f in ('fig_01', 'fig_01c', 'fig_shift', 'fig_leak', 'fig_leak_rows', 'fig_closed', 'fig_training', 'fig_exploitation',
                                                   'fig_strips', 'fig_strips_ablation', 'table_expert_variance_ratio'))
 TABLES_A = tuple(f'stabilized_sync/table_{t}' for t in ('main', 'ablation', 'sync_losses', 'silent_faces', 'post_processing', 'expert_variance'))
-FIGURES = (*PAPER_A, 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
+PAPER_B = tuple(f'av_expert/{f}' for f in ('fig_02', 'fig_03', 'fig_04', 'fig_04_rows', 'fig_same_expert', 'fig_validity', 'fig_validity_costs'))
+TABLES_B = tuple(f'av_expert/{t}' for t in ('table_01', 'table_02', 'table_04'))       # each with its pairs
+ALONE_B = ('av_expert/table_study', 'av_expert/fig_validity_table')                    # without
+FIGURES = (*PAPER_A, *PAPER_B, 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
            'robustness_cosine', 'robustness_summary', 'experts_offsets', 'experts_visemes', 'experts_losses', 'av_expert/fig_05_metrics',
            'behaviour', 'behaviour_answers')
 
@@ -59,8 +62,8 @@ def test_claims_are_judged_for_every_expert(checkout):
 
 def test_tables_and_figures_are_there_with_their_numbers(checkout):
     made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
-    expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more', 'experts', *TABLES_A) for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
-    tables = {f'{t}_pairs.csv' for t in TABLES_A} | {'claims.csv', 'claims.md', 'claims_experts.csv', 'claims_experts.md', 'claims_experts_aims.csv', 'av_expert/fig_01_stats.csv', 'baselines_order.csv'}
+    expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more', 'experts', *TABLES_A, *TABLES_B, *ALONE_B) for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
+    tables = {f'{t}_pairs.csv' for t in (*TABLES_A, *TABLES_B)} | {'av_expert/fig_validity_reading.md', 'av_expert/fig_validity_differences.csv', 'claims.csv', 'claims.md', 'claims_experts.csv', 'claims_experts.md', 'claims_experts_aims.csv', 'av_expert/fig_01_stats.csv', 'baselines_order.csv'}
     assert expected | tables | {'provenance.json'} <= made
     table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
     floors = {'ground_truth', 'reencoded', 'reencoded_35', 'reencoded_45', 'random_frame', 'static_frame', 'shuffled_audio'}

@@ -16,12 +16,17 @@ import pandas as pd
 import pytest
 
 from talkingface import study
+from talkingface.cli import main
 from talkingface.core import InputError, ParamsError
 from talkingface.data.audio import load_audio
+from talkingface.data.clips import ClipStore, prepare
+from talkingface.data.corpora import FolderCorpus
+from talkingface.data.faces import MEAN_FACE
 from talkingface.data.video import probe, read_frames, write_video
+from talkingface.dubbing import save_faces
 from talkingface.study import (balanced_square, browser_problem, build_study, collect_study, copy_clip, crossed_interval, find_clips,
                                find_scales, krippendorff_alpha, method_folders, rater_order, read_key, read_ratings, read_study,
-                               study_table)
+                               row_videos, study_table)
 
 METHODS, CLIPS = ('zebrafish', 'wallaby', 'ground_truth'), ('holiday', 'harbour')
 
@@ -156,6 +161,80 @@ def test_bad_input_is_refused_by_name(videos, tmp_path):
     assert not (tmp_path/'out').exists(), 'nothing is left of a build that failed'
     (tmp_path/'full').mkdir(); (tmp_path/'full'/'x').write_text('x')
     with pytest.raises(InputError, match='not empty'): build_study(videos, tmp_path/'full')
+
+
+# ---- rows of the pipeline
+
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory):
+    "A clip store of two sets, and the faces of two rows; the second has one set only."
+    root = tmp_path_factory.mktemp('rows')
+    for i, name in enumerate(('test/one', 'test/two', 'val/three')):
+        video = write_video(root/'corpus'/f'{name}.mp4', picture(i), wav=sound()*(i + 1)/3)
+        np.savez(video.with_suffix('.npz'), landmarks=np.repeat(MEAN_FACE[None]*.2 + 5, 10, 0).astype(np.float32))
+    prepare(FolderCorpus(root/'corpus'), root/'store', workers=1); store = ClipStore(root/'store')
+    for clip in store:
+        save_faces(root/'plain'/f'{clip.name}.safetensors', np.array(clip.faces))
+        if clip.split == 'test': save_faces(root/'dark'/f'{clip.name}.safetensors', clip.faces//3)
+    return root
+
+
+def test_a_row_becomes_videos_with_the_sound_of_its_clips(rows, tmp_path):
+    store = ClipStore(rows/'store'); made = row_videos(rows/'dark', store, store.split('test').names, tmp_path/'out')
+    assert list(made) == store.split('test').names and {p.name for p in (tmp_path/'out').iterdir()} == {f'{n}.mp4' for n in made}
+    for name, path in made.items():
+        clip, info = store.by_name(name), probe(path)
+        assert (info.width, info.height, info.frames, info.fps) == (3*96, 3*96, 10, 25) and browser_problem(path) == ''
+        assert np.abs(read_frames(path)[:, 1::3, 1::3].astype(int) - clip.faces.transpose(0, 2, 3, 1)//3).mean() < 6
+        heard = load_audio(path)[:clip.wav.size]
+        assert np.corrcoef(heard, clip.wav)[0, 1] > .95 and heard.std() == pytest.approx(clip.wav.std(), rel=.1), 'its own sound, as loud'
+
+
+def test_a_study_of_rows_and_the_truth(rows, tmp_path):
+    methods = {'truth': rows/'store', 'plain': rows/'plain', 'dark': rows/'dark'}
+    key = build_study(methods, tmp_path/'out', raters=6, store=rows/'store', sets=['test'])
+    assert key['clips'] == ClipStore(rows/'store').split('test').names and not key['encoded'] and not key['notes']
+    media = {(i['method'], i['clip']): (tmp_path/'out'/'page'/'media'/f'{n}.mp4').read_bytes() for n, i in key['items'].items()}
+    for clip in key['clips']: assert media['truth', clip] == media['plain', clip] != media['dark', clip], 'the same faces, the same bytes'
+    key = build_study({m: methods[m] for m in ('plain', 'truth')}, tmp_path/'all', raters=2, store=ClipStore(rows/'store'))
+    assert len(key['clips']) == 3, 'the truth has what the rows have'
+    assert [n for n, _ in find_clips({m: methods[m] for m in ('truth', 'dark')}, store=ClipStore(rows/'store'))[1]].count('truth') == 2
+
+
+def test_rows_that_do_not_fit_are_refused_by_name(rows, tmp_path):
+    store = ClipStore(rows/'store'); plain, dark = rows/'plain', rows/'dark'
+    with pytest.raises(InputError, match='holds face crops without sound.*--store DIR'): find_clips({'a': plain, 'b': dark})
+    with pytest.raises(InputError, match='is a clip store.*--store DIR'): find_clips({'a': rows/'store', 'b': dark})
+    with pytest.raises(InputError, match='dark lacks .*three.*--sets A,B'): find_clips({'plain': plain, 'dark': dark}, store=store)
+    with pytest.raises(InputError, match='add --store DIR'): find_clips({'a': rows/'corpus'/'test', 'b': rows/'corpus'/'val'}, sets=['test'])
+    with pytest.raises(InputError, match="split 'hd' has no clips"): find_clips({'plain': plain, 'dark': dark}, store=store, sets=['hd'])
+    with pytest.raises(InputError, match='no clips to compare in val'): find_clips({'truth': rows/'store', 'dark': dark}, store=store, sets=['val'])
+    shutil.copytree(rows/'store', tmp_path/'other')
+    with pytest.raises(InputError, match='is another clip store'): find_clips({'a': tmp_path/'other', 'b': dark}, store=store)
+    strange = tmp_path/'strange'; save_faces(strange/'gone.safetensors', np.zeros((10, 3, 96, 96), np.uint8))
+    with pytest.raises(InputError, match='gone of .* is no clip of'): find_clips({'a': strange, 'b': dark}, store=store)
+    left = tmp_path/'left'; left.mkdir(); (left/'meta.json').write_text(json.dumps({'not_run': 'no weights'}))
+    with pytest.raises(InputError, match='was not run .no weights.'): find_clips({'a': left, 'b': dark}, store=store)
+    name = store.split('val').names[0]; save_faces(tmp_path/'short'/f'{name}.safetensors', np.zeros((4, 3, 96, 96), np.uint8))
+    with pytest.raises(InputError, match='4 faces of .*has 10'):
+        build_study({'a': tmp_path/'short', 'b': plain}, tmp_path/'out', raters=2, store=store, sets=['val'])
+    assert not (tmp_path/'out').exists(), 'nothing is left of a build that failed'
+
+
+def test_faces_beside_whole_videos_are_noted(rows, tmp_path):
+    methods = {'row': rows/'plain', 'video': tmp_path/'videos'}
+    for i, name in enumerate(ClipStore(rows/'store').names): write_video(tmp_path/'videos'/f'{name}.mp4', picture(i), wav=sound())
+    notes = ' '.join(build_study(methods, tmp_path/'out', raters=2, store=rows/'store')['notes'])
+    assert 'row show the face alone, video what their videos show' in notes and 'picture sizes differ' in notes
+
+
+def test_rows_at_the_command_line(rows, tmp_path, capsys):
+    given = ['study', 'build', '--method', f"truth={rows/'store'}", '--method', f"dark={rows/'dark'}", '--scales', 'visual', '--raters', '2']
+    assert main([*given, '--out', str(tmp_path/'none')]) == 1
+    assert '--store DIR' in capsys.readouterr().err and not (tmp_path/'none').exists()
+    assert main([*given, '--out', str(tmp_path/'out'), '--store', str(rows/'store'), '--sets', 'test', '--clips', '1']) == 0
+    assert '2 videos: 1 clips by 2 methods' in capsys.readouterr().out
+    assert read_key(tmp_path/'out')['methods'] == ['truth', 'dark']
 
 
 # ---- agreement and intervals

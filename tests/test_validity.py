@@ -1,9 +1,11 @@
 """Exact errors of mouths that are rendered again, what the rows hold, and the rules of the study."""
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from talkingface.core import InputError, ParamsError
+from talkingface.core import InputError, ParamsError, derive_seed
 from talkingface.data.clips import ClipStore, prepare
 from talkingface.data.corpora import RenderedCorpus
 from talkingface.data.video import read_frames
@@ -14,7 +16,8 @@ from talkingface.validity import (BAD, HARMLESS, MOUTHS, VALIDITY_FIELDS, Study,
                                   changed_mouth,
                                   correlation_difference, correlations, cut, degraded_rows, evaluate_validity, false_alarms,
                                   lip_error,
-                                  middle, mouth_costs, read_validity, reading, save_validity, write_validity)
+                                  in_short, middle, mouth_costs, read_validity, reading, save_validity, validity_figure,
+                                  write_validity, _built_with, _outcome, _verdicts)
 
 
 @pytest.fixture(scope='module')
@@ -133,6 +136,126 @@ def test_rules_on_made_up_scores(tmp_path):
     told = reading(Study(rows)); assert 'Horizontal shift alone costs' in told and 'AVS_u 0.05, LSE-C 1.00' in told
     files = {p.name for p in save_validity(rows, tmp_path/'fig')}
     assert {'fig.png', 'fig_costs.csv', 'fig_table.md', 'fig_differences.csv', 'fig_reading.md'} <= files
+
+
+def test_the_best_of_all_metrics_is_named():
+    "A metric outside AVS and LSE that wins is called the best; those that are asked about are told beside it."
+    rows = toy({'avs_u[corpus]': (-.3, .9), 'lse_c[corpus]': (-.5, .9), 'ssim': (.8, .01), 'aperture_correlation': (.2, .9)}, noise=.05)
+    told = next(t for t in reading(Study(rows)).split('\n\n') if t.startswith('Among clips rendered'))
+    assert 'SSIM follows the exact lip error best of 4 metrics (1.00' in told and told.count('SSIM') == 1
+    assert all(name in told for name in ('AVS_u −', 'LSE-C −', 'Opening corr. 0.'))
+    alone = reading(Study(rows[rows['metric'] == 'ssim'])); assert 'SSIM follows the exact lip error best (1.00' in alone
+
+
+def test_metrics_that_tie_with_the_best_are_told():
+    rows = toy({'avs_u[corpus]': (.8, 0.), 'psnr': (.8, 0.), 'lse_c[corpus]': (-.5, 0.)}, noise=1e-9)
+    told = reading(Study(rows))
+    assert 'not to be told apart from PSNR by' in told or 'not to be told apart from AVS_u by' in told
+    assert 'reversed under LSE-C' in told and 'apart from LSE-C' not in told
+
+
+def moves(rows, levels, name='shift_x', step=.001):
+    "The same rows with as many levels of a move as told, scored alike but for a step."
+    base = rows[(rows['kind'] == 'harmless') & (rows['method'] == 'shift_x')]
+    more = [base.assign(method=name, level=float(v + 1), value=base['value'] - step*v) for v in range(levels)]
+    return pd.concat([rows[(rows['kind'] != 'harmless') | (rows['method'] != 'shift_x')], *more], ignore_index=True)
+
+
+@pytest.mark.parametrize('alarm', [0., .1, .4, 2.])
+def test_how_many_moves_are_listed_does_not_decide(alarm):
+    "One level of a shift or forty that are scored alike: the same correlation, where unweighted ranks would differ."
+    rows = toy({'avs_u[corpus]': (.8, alarm)}, noise=1e-9)
+    found = [correlations(moves(rows, n, step=0.)).set_index('scope').loc['moved', ['within', 'means']] for n in (1, 4, 40)]
+    assert np.ptp([f['within'] for f in found]) < 1e-9 and np.ptp([f['means'] for f in found]) < 1e-9
+    both = moves(pd.concat([rows, moves(rows, 30, 'scale', 0.).query("method == 'scale'")]), 1, step=0.)
+    assert correlations(both).set_index('scope').loc['moved', 'within'] == pytest.approx(found[0]['within'])
+
+
+def test_a_move_that_looks_like_bad_lips_costs_the_order():
+    "Wrong mouths and moves weigh the same: calm 1, far off below 0; `rendered` does not change; without moves there is nothing."
+    found = [correlations(toy({'avs_u[corpus]': (.8, alarm)}, noise=1e-9)).set_index('scope')['within'] for alarm in (0., 2.)]
+    assert found[0]['moved'] > .9 and found[1]['moved'] < 0 and found[0]['rendered'] == found[1]['rendered'] == pytest.approx(1)
+    still = toy({'avs_u[corpus]': (.8, 0.)}); still = still[still['method'] != 'shift_x']
+    assert np.isnan(correlations(still).set_index('scope').loc['moved', 'within'])
+
+
+def reader(floor, spread):
+    "Generated versions whose errors lie apart as told, and true pictures that are read with an error."
+    out = [('toy', 'generated', f'row{i}', 0, 0, f'c{c}', 'lse_c[corpus]', -i, 1 + spread*i) for i in range(3) for c in range(4)]
+    out += [('toy', 'truth', 'ground_truth', 0, 0, f'c{c}', 'lse_c[corpus]', 1, floor) for c in range(4)]
+    return pd.DataFrame(out, columns=VALIDITY_FIELDS)
+
+
+def test_the_floor_of_the_reader_stands_beside_the_spread():
+    told = reading(Study(reader(.5, .1)))
+    assert '0.50 px: no smaller than the 0.10 px' in told and 'near what the reader can tell' in told
+    told = reading(Study(reader(.05, .2)))
+    assert '0.05 px: smaller than the 0.20 px' in told and 'near what the reader can tell' not in told
+    lips = toy({'avs_u[corpus]': (.8, .04)}); assert 'landmarker' not in reading(Study(lips))
+
+
+def pairs(signs, measure='correlation', scope='rendered', other='lse_c[corpus]'):
+    "Lines of `differences` whose intervals lie above 0, below it, or about it."
+    return pd.DataFrame([dict(measure=measure, scope=scope, metric='avs_u', other=other, mean=.5*s, low=.5*s - .1 - .2*(s == 0),
+                              high=.5*s + .1 + .2*(s == 0), n=9) for s in signs])
+
+
+@pytest.mark.parametrize('signs, up', [((1, 1, 1, 0), 1), ((-1, -1, -1, 1), -1), ((1, 1, -1, -1), 0), ((1, 1, 0, 0), 0), ((0, 0), 0)])
+def test_most_pairs_decide_and_a_half_does_not(signs, up):
+    "Of false alarms less is better: the same intervals say the opposite. Pairs with LMD do not enter."
+    beside = pairs((-up,)*9, other='lmd')
+    assert _outcome(pd.concat([pairs(signs), beside]), 'rendered', 'correlation') == up
+    assert _outcome(pairs(signs, 'false alarm', 'scale'), 'scale', 'false alarm') == -up
+
+
+@pytest.mark.parametrize('signs, word', [((1, 1), 'better than'), ((-1, -1), 'worse than'), ((1, -1), 'about as well as')])
+def test_the_sentence_in_short(signs, word):
+    gaps = pd.concat([pairs(signs), pairs((-1, -1), scope='generated'), pairs((-1,), 'false alarm', 'shift_x'),
+                      pairs((1,), 'false alarm', 'scale'), pairs((1,), 'false alarm', 'rotation')])
+    assert in_short(gaps) == (f'In short: where a mouth is plainly wrong AVS follow the exact lip error {word} LSE, and among the small '
+                              'errors of generators AVS follow the exact lip error worse than LSE; when a face only moves they keep '
+                              'calmer than LSE under 1, less calm under 2 and alike under 0 of 3 kinds of move.')
+    assert in_short(pairs(signs)) == f'In short: where a mouth is plainly wrong AVS follow the exact lip error {word} LSE.'
+    assert in_short(pairs(signs, other='lmd')) == ''
+
+
+def test_verdicts_count_pairs():
+    gaps = pd.concat([pairs((1, 1, 0)), pairs((-1,), other='lmd'), pairs((1, -1), 'false alarm', 'scale'),
+                      pairs((1, 1), scope='degraded')])
+    assert _verdicts(gaps) == [
+        'AVS in following the error (rendered with wrong mouths): better in 2 and not to be told apart in 1 of 3 pairs with LSE, '
+        'worse in 1 of 1 pairs with LMD.',
+        'AVS in false alarms (scale): better in 1 and worse in 1 of 2 pairs with LSE.']
+
+
+def test_values_off_the_axis_do_not_overlap():
+    "Four kinds of move off the axis at once, beside a metric that is infinite on the truth."
+    rows = toy({'mse': (-.5, 6.), 'psnr': (.5, .1), 'ssim': (.5, 5.)})
+    rows.loc[(rows['metric'] == 'psnr') & (rows['kind'] == 'harmless') & (rows['method'] == 'none'), 'value'] = np.inf
+    shifted = rows[rows['method'] == 'shift_x']
+    rows = pd.concat([rows, *(shifted.assign(method=m) for m in ('shift_y', 'rotation', 'scale'))], ignore_index=True)
+    figure, _ = validity_figure(Study(rows)); figure.draw_without_rendering()
+    texts = [t for t in figure.axes[1].texts if '›' in t.get_text()]; boxes = [t.get_window_extent() for t in texts]
+    assert len(texts) == 8 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert [t.get_text() for t in figure.axes[1].texts].count('not defined') == 1
+
+
+def test_the_seed_of_the_corpus_is_found():
+    "That of the profile where the corpus was built with it, else 0 of the checkout; else the one given, which `Take` refuses."
+    corpus = lambda seed: SimpleNamespace(rows=[dict(clip='a', seed=str(derive_seed(seed, 'clip', 'a')))])
+    assert [_built_with(corpus(s), 7) for s in (7, 0, 3)] == [7, 0, 7]
+
+
+def test_clips_are_rendered_with_the_seed_of_the_corpus(monkeypatch):
+    corpus, seen = RenderedCorpus.__new__(RenderedCorpus), []
+    corpus.rows = [dict(clip='a', seed=str(derive_seed(7, 'clip', 'a')))]
+    line = dict(kind='rendered', method='none', level=0., clip='a', metric='ssim', value=1., lip_error=0.)
+    for name, result in (('spoken_clips', []), ('available_metrics', []), ('expand', []), ('harmless_rows', []),
+                         ('generated_rows', pd.DataFrame(columns=VALIDITY_FIELDS))):
+        monkeypatch.setattr(f'talkingface.validity.{name}', lambda *args, result=result, **kwargs: result)
+    monkeypatch.setattr('talkingface.validity.rendered_rows', lambda *args: seen.append(args[-1]) or [line])
+    evaluate_validity({}, None, None, None, corpus, None, Scorers(), ValidityParams(), 'toy', seed=7)
+    assert seen == [7]
 
 
 def test_noise_follows_nothing():

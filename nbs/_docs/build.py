@@ -66,8 +66,14 @@ def from_site(text: str) -> str:
     return re.sub(r'\]\(\.\./[^)]*\)', '](index.ipynb)', text)
 
 
+def reading(figure: Path) -> str:
+    "What FIGURE_reading.md says, its headings below that of the figure; nothing where there is none."
+    path = figure.with_name(f'{figure.stem}_reading.md')
+    return re.sub(r'^(#+ )', r'###\1', path.read_text().strip(), flags=re.M) + '\n\n' if path.is_file() else ''
+
+
 def results(profile: Path) -> dict[str, str]:
-    "Pages of the tracked results of a profile: the ledger of claims, and every table and figure as a picture."
+    "Pages of the tracked results of a profile: the ledger of claims, and every table and figure as a picture, with its reading where one is written."
     pages = {}
     if (profile/'claims.md').is_file(): pages[f'claims_{profile.name}'] = f'# Claims of the papers, profile {profile.name}\n\n' + (profile/'claims.md').read_text()
     folders = {}
@@ -77,7 +83,7 @@ def results(profile: Path) -> dict[str, str]:
     if not folders: return pages
     link = lambda p: f'_static/paper_figures/{p.relative_to(ROOT/"paper_figures").as_posix()}'
     parts = [text for folder, paths in folders.items() for text in
-             (f'## {PAPERS.get(folder, "Corpus, experts and metrics")}\n', *(f'### {p.stem}\n\n[![{p.stem}]({link(p)})]({link(p)})\n' for p in paths))]
+             (f'## {PAPERS.get(folder, "Corpus, experts and metrics")}\n', *(f'### {p.stem}\n\n[![{p.stem}]({link(p)})]({link(p)})\n\n{reading(p)}' for p in paths))]
     pages[f'results_{profile.name}'] = f'# Tables and figures, profile {profile.name}\n\nEach comes as `.png`, `.pdf` and the `.csv` that it is drawn from; a click shows it whole.\n\n' + '\n'.join(parts)
     return pages
 
