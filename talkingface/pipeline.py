@@ -101,6 +101,7 @@ class Params:
     others: dict[str, dict]        # methods of the tables that are no rows
     leak: list[str]                # rows whose leak is measured by intervention
     exploitation: list[str]        # rows that are scored by the experts that trained, too
+    g4g_leak: list[str]            # the same as `leak` for generators with stills
     av_exploitation: dict          # the same for paper B: rows, and scorers
     metrics: list[str]             # that the profiles share
     profiles: dict[str, dict]

@@ -1,18 +1,21 @@
 """DINet's layout and its AdaAT against the published ones, and G4G: geometry, what it hides, what it keeps, its switches."""
 import dataclasses
 import math
+from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
 
-from goldens import compare, det_array, det_state, load_golden, load_manifest
-from test_checkpoints import NESTINGS, generated
+from goldens import compare, det_state, load_golden, load_manifest
+from test_checkpoints import generated
 from talkingface.core import CheckpointError, InputError, MissingWeights, ParamsError
 from talkingface.experts.syncnet import SyncNet
-from talkingface.generators.base import check_generator, random_batch
+from talkingface.generators.base import build_generator, check_generator, random_batch
 from talkingface.generators.dinet import (MODES, AdaAT, DINet, crop_shape, deform_exact, deform_published, load_dinet, resized,
                                           sampling_grid, visible_crop)
+from talkingface.generators.g4g import (G4G, AdaIN, BlendNet, _kept, bend, hidden_regions, landmark_sketch, softened)
+from talkingface.layers import scaled
+from talkingface.losses.g4g import ContrastiveLoss, AttributeLoss, MouthPixelLoss, mouth_masks
 
 
 # ---- the adaptive affine transformation ---------------------------------------------------------------------------------
@@ -191,3 +194,206 @@ def test_nothing_of_the_hidden_half_reaches_the_crop(scale):
 def test_resizing_to_the_same_size_changes_nothing():
     x = torch.rand(2, 3, 3, 24, 24)
     torch.testing.assert_close(resized(x, 24, 24), x); assert resized(x, 12, 20).shape == (2, 3, 3, 12, 20)
+
+
+# ---- G4G: landmarks as a picture ----------------------------------------------------------------------------------------
+def face(seed: int = 0) -> torch.Tensor: return 96*torch.rand(3, 68, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_ink_of_a_sketch_is_the_length_of_its_lines():
+    "Far lines only: where two cross, a pixel cannot be more than full."
+    points = torch.zeros(1, 68, 2); points[:, :17, 0], points[:, :17, 1] = torch.linspace(10, 80, 17), torch.linspace(20, 60, 17)
+    points[:, 17:] = points[:, 16:17]
+    length = (points[0, 16] - points[0, 0]).norm()
+    assert abs(landmark_sketch(points, 96).sum() - length) < .01*length
+
+
+def test_a_sketch_is_drawn_where_the_points_are_and_moves_with_them():
+    sketch = landmark_sketch(face(), 96)
+    assert sketch.shape == (3, 1, 96, 96) and sketch.min() >= 0 and sketch.max() <= 1
+    small = 20 + .3*face()
+    moved = landmark_sketch(small + torch.tensor([7., -4.]), 96)
+    torch.testing.assert_close(moved[..., :90, 8:], landmark_sketch(small, 96).roll((-4, 7), (2, 3))[..., :90, 8:], atol=1e-3, rtol=0)
+    with pytest.raises(InputError, match='68'): landmark_sketch(torch.zeros(1, 5, 2), 96)
+
+
+@pytest.mark.parametrize('size', [(104, 80), (416, 320)])
+def test_lines_have_no_gaps_at_any_size(size):
+    "A jaw across the whole crop: every column between its ends holds ink."
+    points = torch.zeros(1, 68, 2); points[:, :17, 0] = torch.linspace(2, size[1] - 3, 17); points[:, :17, 1] = size[0]/2 + 5*torch.sin(torch.arange(17.))
+    points[:, 17:] = points[:, :1]
+    ink = landmark_sketch(points, size)[0, 0].sum(0)[3:size[1] - 3]
+    assert ink.min() > .9
+
+
+def test_points_outside_the_crop_are_left_out():
+    assert landmark_sketch(torch.full((1, 68, 2), -50.) + face()[:1]/10, 96).sum() == 0
+    assert landmark_sketch(face()[:1]*4 - 100, 96).isfinite().all()
+
+
+# ---- blocks -------------------------------------------------------------------------------------------------------------
+def test_bend_is_a_relu_with_its_corner_at_minus_one():
+    x = torch.linspace(-3, 3, 50)
+    torch.testing.assert_close(bend(x), (x + 1).relu() - 1)
+
+
+def test_adain_has_the_moments_that_the_landmarks_ask_for_and_forgets_those_of_the_map():
+    layer, x, condition = AdaIN(4, 6), torch.randn(2, 6, 5, 7), torch.randn(2, 4)
+    torch.nn.init.normal_(layer.to_style.weight)
+    torch.testing.assert_close(layer(x, condition), layer(5*x + 3, condition), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(layer(x, condition), layer(x, condition.flip(0)))
+
+
+@torch.no_grad()
+def test_an_untrained_blend_net_gives_back_the_composite_and_is_no_residual():
+    net, picture = BlendNet(16), torch.rand(2, 3, 24, 24)
+    assert (net(picture, torch.ones(2, 1, 24, 24)) - picture).square().mean().sqrt() < .04
+    for p in net.parameters(): p.zero_()
+    assert (net(picture, torch.ones(2, 1, 24, 24)) == .5).all()          # nothing of its input passes beside its weights
+
+
+# ---- what is hidden -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('height, width', [(104, 80), (208, 160), (96, 96), (416, 320)])
+def test_hidden_regions_hold_the_lower_half_and_their_box(height, width):
+    regions, boxes = hidden_regions(height, width), mouth_masks(height, width, 3, feather=0.)
+    assert regions.shape == (3, 1, height, width) and (regions[:, :, height//2:] == 1).all()
+    assert (regions >= boxes).all() and (regions[0] >= regions[1]).all() and (regions[0] > regions[1]).any()
+    masks = softened(regions, max(1, round(.03*height)))
+    assert (masks[regions > 0] > 1 - 1e-5).all() and masks.max() <= 1 and masks[:, :, :height//3].max() == 0
+    falling = masks[0, 0, :height//2, width//2].diff()
+    assert falling.min() > -1e-6 and falling.max() < .35        # rises towards the mouth, in no step that would be seen as an edge
+
+
+SMALL = dict(size=96, scale=.25, width=.125, blocks=1)
+
+
+def known(groups: int, frames: int = 1) -> object:
+    return dataclasses.replace(random_batch(96, groups, frames), clip=torch.arange(groups)*3, start=torch.arange(groups)*2)
+
+
+def test_the_hidden_box_is_a_function_of_clip_and_start():
+    net, batch = G4G(**SMALL).train(), known(60)
+    boxes = net._box(batch)
+    assert set(boxes.tolist()) == {0, 1, 2} and torch.equal(boxes, net._box(batch)) and torch.equal(boxes[20:30], net._box(batch[20:30]))
+    assert not net._box(random_batch(96, 4, 1)).any() and not net.eval()._box(batch).any()
+    assert not G4G(**SMALL, masks=1).train()._box(batch).any()
+
+
+# ---- the generator ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('options', [dict(), dict(align=False), dict(masks=1), dict(blend=False), dict(adaat='published'),
+                                     dict(align=False, masks=1, blend=False), dict(size=128), dict(width=.0625), dict(blocks=2),
+                                     dict(audio={'name': 'wav2vec2'})])
+def test_the_contract_of_g4g(options): check_generator(G4G(**{**SMALL, **options}))
+
+
+def test_g4g_hears_the_frozen_tower_of_an_expert():
+    expert = SyncNet(width=.125)
+    net = G4G(**SMALL, audio=expert.config).load_audio(expert)
+    check_generator(net)
+    assert not any(p.requires_grad for p in net.audio_encoder.parameters())
+
+
+@torch.no_grad()
+def test_nothing_of_the_hidden_half_is_seen():
+    net, batch = G4G(**SMALL).eval(), random_batch(96, 1, 2)
+    drawn = net(batch)
+    other = dataclasses.replace(batch, masked=batch.masked + torch.cat([torch.zeros(48, 96), torch.rand(48, 96)]))
+    torch.testing.assert_close(net(other), drawn, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_the_visible_half_is_kept_by_the_composite_bit_for_bit():
+    net, batch = G4G(**SMALL, blend=False).eval(), random_batch(96, 2, 2)
+    assert torch.equal(net(batch)[..., :36, :], batch.masked[..., :36, :])
+
+
+@torch.no_grad()
+def test_all_inputs_matter_and_target_landmarks_do_not():
+    net = G4G(**SMALL); batch = random_batch(96, 1, 2)
+    torch.nn.init.normal_(net.alignment.norm.to_style.weight, std=.3)
+    for p in (net.adaat.scale[0].weight, net.adaat.translation[0].weight): p.mul_(30)
+    net.eval(); drawn = net(batch)
+    for field in ('masked', 'stills', 'still_landmarks', 'mel'):
+        changed = dataclasses.replace(batch, **{field: getattr(batch, field)*.5})
+        assert (net(changed) - drawn).abs().max() > 1e-4, field
+    for field in ('landmarks', 'target', 'reference', 'raw_reference', 'mel_window'):
+        assert torch.equal(net(dataclasses.replace(batch, **{field: getattr(batch, field)*.5})), drawn), field
+    last = batch.still_landmarks.clone(); last[:, 1:] = 0        # only the first still's are drawn
+    assert torch.equal(net(dataclasses.replace(batch, still_landmarks=last)), drawn)
+
+
+@torch.no_grad()
+def test_a_group_is_drawn_as_its_frames_are():
+    net, batch = G4G(**SMALL).eval(), random_batch(96, 2, 3)
+    frame = lambda i: dataclasses.replace(batch, **{k: getattr(batch, k)[:, i:i + 1] for k in batch.present()
+                                                    if k not in ('stills', 'still_landmarks', 'mel_window', 'clip', 'start')})
+    together = net(batch)
+    for i in range(3): torch.testing.assert_close(net(frame(i)), together[:, i:i + 1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('width', [1., .25, .1875, .125, .0625])
+def test_an_untrained_network_shows_the_mean_of_the_stills(width):
+    torch.manual_seed(0)
+    blocks = torch.rand(1, 5, 3, 12, 12).repeat_interleave(8, -1).repeat_interleave(8, -2)
+    net, batch = G4G(**{**SMALL, 'width': width}).eval(), dataclasses.replace(random_batch(96, 1, 1), stills=blocks)
+    with torch.no_grad(): drawn = net(batch)
+    assert (net.inner['decoded'] - blocks.mean(1)).square().mean().sqrt() < .13
+    assert (drawn[0, ..., :36, :] - batch.masked[0, ..., :36, :]).square().mean().sqrt() < .05
+
+
+def test_the_copies_fit_into_their_channels():
+    for width in (1., .5, .375, .25, .1875, .125, .0625, .03):
+        middle, wide = scaled(128, width), scaled(256, width); stills, side = _kept(middle, wide)
+        assert 3*stills*side**2 <= wide and 3*stills*max(1, side**2//4)*(side == 4) <= middle
+    assert _kept(128, 256) == (5, 4)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(masks=1), dict(blend=False)])
+def test_what_losses_read(options):
+    net, batch = G4G(**SMALL, **options), known(2, 2)
+    drawn = net(batch)
+    assert {k: v.shape[0] for k, v in net.inner.items()}.items() >= dict(fused=4, aligned=4, landmarks=4, visual=4, audio=4, decoded=4).items()
+    for key in ('visual', 'audio'): torch.testing.assert_close(net.inner[key].norm(dim=1), torch.ones(4))
+    loss = ContrastiveLoss(net)(drawn, batch) + AttributeLoss(net)(drawn, batch) + MouthPixelLoss(options.get('masks', 3))(drawn, batch)
+    loss.backward()
+    for part in (net.alignment.g_v, net.alignment.g_a, net.alignment.blocks, net.audio_encoder, net.landmark_encoder, net.source_deeper):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
+    assert net.alignment.g_a[0].weight.grad.abs().max() > 0
+
+
+def test_without_alignment_the_losses_say_what_is_missing():
+    net, batch = G4G(**SMALL, align=False), known(2)
+    drawn = net(batch)
+    with pytest.raises(InputError, match='alignment switched on'): ContrastiveLoss(net)(drawn, batch)
+    with pytest.raises(InputError, match='align=True'): net.embed_sounds(batch.mel[0])
+
+
+def test_sounds_of_the_store_have_the_vectors_of_the_frames():
+    net, batch = G4G(**SMALL).eval(), random_batch(96, 2, 2)
+    with torch.no_grad():
+        net(batch)
+        torch.testing.assert_close(net.embed_sounds(batch.mel.flatten(0, 1)), net.inner['audio'], atol=1e-5, rtol=1e-4)
+    assert G4G(**SMALL, audio={'name': 'wav2vec2'}).embed_sounds is None
+
+
+def test_autocast_changes_little_and_channels_last_nothing():
+    net, batch = G4G(**SMALL).eval(), random_batch(96, 2, 2)
+    with torch.no_grad():
+        full = net(batch)
+        assert (net.to(memory_format=torch.channels_last)(batch) - full).abs().max() < 1e-4
+        with torch.autocast('cpu', torch.bfloat16): half = net(batch)
+    assert half.dtype == torch.float32 and (half - full).abs().mean() < .01
+    with torch.autocast('cpu', torch.bfloat16): (net.train()(batch) - batch.target).abs().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_copies_and_state_dicts_hold_weights_alone():
+    net = G4G(**SMALL); net(random_batch(96, 1, 1))
+    assert deepcopy(net).inner == {} and not {'hidden', 'mask'} & {k.split('.')[-1] for k in net.state_dict()}
+    again = build_generator(net.config); again.load_state_dict(net.state_dict(), strict=True)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ParamsError, match='expected 1 to 3'): G4G(**SMALL, masks=4)
+    with pytest.raises(ParamsError, match='published'): G4G(**SMALL, adaat='fast')
+    with pytest.raises(ParamsError, match='must be even'): G4G(**{**SMALL, 'size': 97})
