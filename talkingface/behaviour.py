@@ -298,7 +298,10 @@ def shift_figure(rows, panels: list,     # of (title, [metrics of one axis])
             ax.set_title(name, fontsize=9); ax.set_xlabel('horizontal shift (px of 160)')
             if len(metrics) > 1: ax.legend(fontsize=6.5, loc='center left', bbox_to_anchor=(1.01, .5))
         if title: fig.suptitle(title, x=.01, ha='left', weight='bold', fontsize=10)
-        fig.supxlabel(_small_print(rows).splitlines()[0], x=.01, ha='left', fontsize=6.5, color=QUIET_INK)
+        told = _small_print(rows).splitlines()[0]
+        if ours is not None:
+            told += '\nHollow: what a generator made of the same clips, put back into the frames before these are shifted, and cut out again at 0 px, too.'
+        fig.supxlabel(told, x=.01, ha='left', fontsize=6.5, color=QUIET_INK)
     used = {m for _, names in panels for m in names}
     if ours is None: return fig, table[table['metric'].isin(used)]
     import pandas as pd

@@ -270,8 +270,7 @@ def _people(tasks: list[Task], out: Path, workers: int) -> Iterator[list[dict]]:
         waiting = [pool.submit(make_person, task, out) for task in tasks]
         try:
             for done in as_completed(waiting): yield done.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True); raise
+        finally: pool.shutdown(cancel_futures=True)      # after an error, an interrupt or a reader that stops, nothing new is begun
 
 def write_manifest(path: Path, rows: list[dict]) -> Path:
     "Write the table of a corpus, in the order of splits and clips."
