@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'SHARE_OF_REPORTED', 'ENOUGH_SEEDS', 'FEWEST_CLIPS', 'NO_LOSS', 'SCALED', 'STEADINESS', 'EXPERT_VERDICTS',
-           'FLAT', 'CLAIMS_A', 'CLAIMS_B', 'CLAIMS_C', 'LEDGER', 'RULES', 'LEDGER_FIELDS', 'PUBLISHED_SETS', 'PAPERS',
-           'Found', 'decide', 'crossed_interval', 'Evidence', 'read_evidence', 'comparable', 'Compare', 'Leak',
-           'Spread', 'Steady', 'Expert', 'Bears', 'Follows', 'Open', 'Part', 'LedgerClaim', 'rows_of', 'printed',
-           'with_reported', 'verdict_of', 'ledger', 'is_part', 'ledger_counts', 'ledger_markdown', 'write_ledger',
-           'readme_ledger']
+           'FLAT', 'FEWEST_RATERS', 'CLAIMS_A', 'CLAIMS_B', 'CLAIMS_C', 'LEDGER', 'RULES', 'LEDGER_FIELDS',
+           'PUBLISHED_SETS', 'PAPERS', 'Found', 'decide', 'crossed_interval', 'Evidence', 'read_evidence', 'comparable',
+           'Compare', 'Leak', 'Spread', 'Steady', 'Expert', 'Bears', 'Follows', 'Rated', 'Open', 'Part', 'LedgerClaim',
+           'rows_of', 'printed', 'with_reported', 'verdict_of', 'ledger', 'is_part', 'ledger_counts', 'ledger_markdown',
+           'write_ledger', 'readme_ledger']
 
 # %% ../nbs/11_ledger.ipynb #77c4df87
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from .leaking import leak_cells, leak_difference, leak_table, read_leak
 from .metrics.base import metric_info
 from .metrics.report import SET_SCORES
 from .robustness import CLAIMS as EXPERT_CLAIMS, MEASURES, interval
+from .study import SCALES, opinion_differences, study_of
 from .training_curves import read_log, stability_table
 
 # %% ../nbs/11_ledger.ipynb #17a49622
@@ -130,6 +131,7 @@ class Evidence:
     logs: object = None         # DataFrame of `training_curves.read_log`, all rows and trainings
     seed: int = 0               # of the bootstrap
     validity: object = None     # DataFrame of `validity.differences`
+    studies: dict = field(default_factory=dict)     # paper -> `study.read_study`, with `names` of params.yaml
 
     @cached_property
     def finite(self) -> dict:   # {(method, set): {metric: DataFrame}}
@@ -201,7 +203,8 @@ def read_evidence(profile: str,
                   generators: str | Path | None = None,  # folder of trainings, runs/P/generators
                   behaviour: str | Path | None = None,   # runs/P/behaviour.csv
                   seed: int = 0,                         # of the bootstrap
-                  validity: str | Path | None = None     # paper_figures/P/av_expert/fig_validity_differences.csv
+                  validity: str | Path | None = None,    # paper_figures/P/av_expert/fig_validity_differences.csv
+                  studies: dict | None = None            # of params.yaml: ratings of people, by paper
                  ) -> Evidence:
     "Everything that is there; what is not there stays empty, files of another profile are refused."
     found = sorted(Path(rows).glob('*.csv'))
@@ -209,7 +212,9 @@ def read_evidence(profile: str,
                    _table(experts, ('claim', 'measure', 'main', 'verdict')),
                    _table(behaviour, ('degradation', 'level', 'clip', 'metric', 'value')),
                    _logs(generators) if generators else None, seed,
-                   _table(validity, ('measure', 'scope', 'metric', 'other', 'mean', 'low', 'high', 'n')))
+                   _table(validity, ('measure', 'scope', 'metric', 'other', 'mean', 'low', 'high', 'n')),
+                   {paper: found | dict(names=block.get('methods', {})) for paper, block in (studies or {}).items()
+                    if (found := study_of(block, profile))})
     for name in ('rows', 'leak', 'experts', 'behaviour'):
         table = getattr(out, name)
         if table is not None and (strange := set(table.get('profile', ())) - {profile}):
@@ -516,6 +521,49 @@ class Follows:
         if n < FEWEST_CLIPS: verdict, why = 'inconclusive', f'{n} clips, a verdict takes {FEWEST_CLIPS}'
         return Found(verdict, why, float(line['mean']), float(line['low']), float(line['high']), n)
 
+# %% ../nbs/11_ledger.ipynb #48bbbacb
+FEWEST_RATERS = 3
+
+@dataclass(frozen=True)
+class Rated:
+    "The proposed row of a paper against another one as people rated them: the whole interval of the difference lies above zero."
+    study: str                    # paper, of `studies` in params.yaml
+    method: str                   # the row that the paper calls `ours`
+    other: str                    # as the paper's table calls it
+    scale: str = 'sync'           # of `study.SCALES`
+    sets: tuple[str, ...] = ('hd',)
+
+    def text(self) -> str:
+        what = {'sync': 'sync', 'visual': 'visual quality'}.get(self.scale, SCALES[self.scale].label.lower())
+        return f"Mean rating of {what} of `{self.method}` minus `{self.other}` on {' and '.join(self.sets)}: above 0"
+
+    def lacking(self, study: dict, names: list[str]) -> str:
+        "What the study has nothing of, or ''."
+        scales = [s['name'] for s in study['scales']]
+        if gone := [n for n in names if n not in study['methods']]:
+            return (f"the study has no {' and '.join(gone)}, but {', '.join(study['methods'])}; studies.{self.study}.methods of "
+                    "params.yaml says what it calls a row")
+        return '' if self.scale in scales else f"the study asked for {', '.join(scales)}, not for {self.scale}"
+
+    def judge(self, evidence: Evidence) -> Found:
+        study = evidence.studies.get(self.study)
+        if study is None: return Found('not_run', 'no ratings were collected')
+        other, own = names = [study['names'].get(row, row) for row in (self.other, 'ours')]
+        if why := self.lacking(study, names): return Found('not_run', why)
+        rows, ratings = evidence.rows, study['ratings']
+        clips = set() if rows is None else set(rows.loc[rows['set'].isin(self.sets), 'clip'])
+        ratings = ratings[ratings['clip'].isin(clips) & ratings['method'].isin(names) & (ratings['scale'] == self.scale)]
+        both = ratings.pivot(index=['rater', 'clip'], columns='method', values='value').reindex(columns=names).dropna()
+        if not len(both): return Found('not_run', f"nobody rated both on a clip of {' or '.join(self.sets)}")
+        gap = opinion_differences(ratings, dict(methods=names, scales=[dict(name=self.scale)]), evidence.seed).iloc[0]
+        by_rater = (both[own] - both[other]).groupby('rater').mean(); n = both.index.get_level_values('clip').nunique()
+        verdict, why = decide(gap['low'], gap['high'], list(by_rater)); why = why.replace('trainings', 'raters')
+        if n < FEWEST_CLIPS: verdict, why = 'inconclusive', f"{n} clip{'s'*(n != 1)}, a verdict takes {FEWEST_CLIPS}"
+        if len(by_rater) < FEWEST_RATERS:
+            verdict, why = 'inconclusive', f"{len(by_rater)} rater{'s'*(len(by_rater) != 1)}, a verdict takes {FEWEST_RATERS}"
+        told = f"{_short(both[other].mean())} to {_short(both[own].mean())}, {len(by_rater)} rater{'s'*(len(by_rater) != 1)}"
+        return Found(verdict, f'{told}; {why}', float(gap['mean']), float(gap['low']), float(gap['high']), n)
+
 # %% ../nbs/11_ledger.ipynb #687a2088
 @dataclass(frozen=True)
 class Open:
@@ -757,8 +805,7 @@ CLAIMS_B = (
         where='tables 2 and 3', reported=f"{_moved('av_expert', 'table_02', 'wav2lip', 'ours', 'HDTF', lse_c='LSE-C')}; "
         f"{_moved('av_expert', 'table_03', 'wav2lip', 'ours', 'HDTF', mos_sync='rating of sync')}",
         parts=(*rows_of('lse_c', method='unsupervised', other='wav2lip', where='hd', up=False, floor='shuffled_audio'),
-               Part('raters', Open('Mean rating of sync of `unsupervised` minus `wav2lip` on hd: above 0',
-                                   'no ratings were collected'))),
+               Part('raters', Rated('av_expert', 'unsupervised', 'wav2lip'))),
         **_B),
     LedgerClaim('B10', 'B', 'AVS metrics agree better with judgement than LSE and LMD do', where='text, user study',
         reported='no numbers found', explained_by=_VALIDITY,
@@ -808,7 +855,8 @@ CLAIMS_C = (
     LedgerClaim('C8', 'C', 'Raters put it above the next best: 8.6 % in visual quality, 8.9 % in sync, 17.9 % in realness',
         where='table 3', reported='; '.join((_moved('g4g', 'table_03', 'videoretalking', 'ours', 'HDTF+LRS2', mos_visual='visual'),
                              _moved('g4g', 'table_03', 'iplap', 'ours', 'HDTF+LRS2', mos_sync='sync', mos_real='realness'))),
-        parts=(Part('raters', Open('Mean ratings of `g4g` minus each other method: above 0', 'no ratings were collected')),),
+        parts=tuple(Part(f'{other}_{scale}', Rated('g4g', 'g4g', other, scale, ('hd', 'test')))
+                    for other in ('wav2lip', 'dinet') for scale in SCALES),
         note='The table agrees: 3.41/3.14, 4.26/3.91, 4.34/3.68', **_C),
     LedgerClaim('C9', 'C', 'The diagonal alignment improves LSE on LRS2 as well',
         where='text', reported='numbers of the text, in no table',
@@ -835,8 +883,9 @@ RULES = (
     'for it up to the best value. Data and crops are not those of the papers.',
     'A claim is reproduced if every part that decides is, not_reproduced if one of them is, not_run if all of them are, '
     'otherwise inconclusive. Parts "told beside" decide nothing.',
-    f'A difference between rows needs {FEWEST_SEEDS} trainings of each and {FEWEST_CLIPS} clips to be settled. Its interval takes clips and '
-    'trainings as drawn from many (crossed random effects, Satterthwaite, Student), over clips that every training of both rows has; '
+    f'A difference between rows that is no rating needs {FEWEST_SEEDS} trainings of each and {FEWEST_CLIPS} clips to be settled. Its '
+    'interval takes clips and trainings as drawn from many (crossed random effects, Satterthwaite, Student), over clips that every '
+    'training of both rows has; '
     f'of fewer than {ENOUGH_SEEDS} trainings, each must lie on the same side by itself besides, from {ENOUGH_SEEDS} on the interval decides '
     'alone. With one training or two the part is inconclusive, and the reason '
     'says what a paired bootstrap over the clips alone would call it.',
@@ -855,6 +904,10 @@ RULES = (
     'Trainings of a row differ in the seed of its warm-up, of the generator that closes mouths and of the generator itself. Experts, '
     'features and the judging networks are the same in all of them: what another training of those would change is in no interval. '
     'Clips count as independent, those of one person, too.',
+    'Ratings of people: the difference on the clips of which a rater rated both rows, its interval drawn over raters and clips '
+    f'(bootstrap). It takes {FEWEST_RATERS} raters and {FEWEST_CLIPS} clips; of fewer than {ENOUGH_SEEDS} raters each must lie on the '
+    'same side besides. One training of each row is shown to them: what another would change is in no interval. Written before any '
+    'rating was collected.',
     'What has no value for a clip (FID, curves of a training) has an interval over trainings, Student\'s, paired by seed. It '
     f'takes {FEWEST_SEEDS}; fewer are inconclusive. How FID varies over clips is not in it.',
     'Lip leak is the coefficient of the reference within clips, openings centred for each clip and training: that is where references '
@@ -935,7 +988,7 @@ def _reasons(claim: LedgerClaim, found: dict, verdict: str, evidence: Evidence, 
     else:
         names = {v: [p.name for p in deciding if own[p.key].verdict == v] for v in VERDICTS}
         why = '; '.join(f"{v}: {', '.join(n)}" for v, n in names.items() if n)
-        k = min(own[p.key].seeds for p in deciding if own[p.key].verdict != 'not_run')
+        k = min((f.seeds for f in own.values() if f.verdict != 'not_run' and f.seeds), default=0)     # ratings have none
         if 0 < k < FEWEST_SEEDS and not any(isinstance(p.rule, (Expert, Bears)) for p in deciding): why = f'{_trainings(k)}; {why}'
     whys = [why, claim.pending if all(f.verdict == 'not_run' for f in own.values()) else '', _filled(claim.note, known)]
     if verdict in ('not_reproduced', 'inconclusive'): whys.append(_tried(claim, evidence))
@@ -953,7 +1006,7 @@ def _claim_lines(claim: LedgerClaim, evidence: Evidence, known) -> list[dict]:
     verdict = verdict_of([found[p.key].verdict for p in deciding])
     ran = [found[p.key] for p in deciding if found[p.key].verdict != 'not_run']
     head = dict(shared, id=claim.id, statement=claim.statement, verdict=verdict, why=_reasons(claim, found, verdict, evidence, known),
-                n=min((f.n for f in ran), default=0), seeds=min((f.seeds for f in ran), default=0),
+                n=min((f.n for f in ran), default=0), seeds=min((f.seeds for f in ran if f.seeds), default=0),
                 rule='all of: ' + ', '.join(p.name for p in deciding),
                 reported=_filled(claim.reported, known) or '; '.join(f'{p.name} {told[p.key]}' for p in deciding if told[p.key]) or _UNFOUND)
     if len(claim.parts) == 1: return [head | dict(rule=rules[deciding[0].key].text(), **numbers(found[deciding[0].key]))]

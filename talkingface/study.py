@@ -8,7 +8,7 @@ __all__ = ['ANSWERS', 'SCALES', 'SUFFIXES', 'SOUNDS', 'STUDY_CSS', 'STUDY_HTML',
            'usual_raters', 'sound_file', 'browser_problem', 'copy_clip', 'row_videos', 'method_folders', 'find_clips',
            'study_page', 'study_checksum', 'build_study', 'krippendorff_alpha', 'crossed_interval', 'read_key',
            'read_ratings', 'opinion_scores', 'opinion_differences', 'rater_agreement', 'opinion_metrics', 'study_table',
-           'study_caption', 'collect_study', 'read_study']
+           'study_caption', 'collect_study', 'read_study', 'study_of']
 
 # %% ../nbs/09_study.ipynb #d9049df7
 import json
@@ -888,3 +888,11 @@ def read_study(folder: str | Path) -> dict:   # study.json, with the tables as D
     folder = Path(folder)
     if not (folder/'study.json').is_file(): raise InputError(f"no study.json in {folder}; expected a folder that study collect wrote")
     return read_json(folder/'study.json') | {p.stem: pd.read_csv(p) for p in sorted(folder.glob('*.csv')) if p.stem != 'table'}
+
+def study_of(ratings: dict,   # a block of `studies` of params.yaml: collected, profile, methods
+             profile: str
+            ) -> dict | None: # as `read_study`; None: no rating of clips of this profile
+    "The study that a paper's table and claims stand on, if clips of `profile` were rated."
+    if not ratings.get('collected') or ratings.get('profile') != profile: return None
+    found = read_study(ratings['collected'])
+    return found if found['ratings_used'] else None

@@ -13,7 +13,7 @@ from talkingface.experts.syncnet import SyncNet
 from talkingface.generators.base import build_generator, check_generator, random_batch
 from talkingface.generators.dinet import (MODES, AdaAT, DINet, crop_shape, deform_exact, deform_published, load_dinet, resized,
                                           sampling_grid, visible_crop)
-from talkingface.generators.g4g import (G4G, AdaIN, BlendNet, _kept, bend, hidden_regions, landmark_sketch, softened)
+from talkingface.generators.g4g import (G4G, AdaIN, BlendNet, _kept, _layout, bend, hidden_regions, landmark_sketch, smooth, softened)
 from talkingface.layers import scaled
 from talkingface.losses.g4g import ContrastiveLoss, AttributeLoss, MouthPixelLoss, mouth_masks
 
@@ -245,11 +245,19 @@ def test_adain_has_the_moments_that_the_landmarks_ask_for_and_forgets_those_of_t
 
 
 @torch.no_grad()
-def test_an_untrained_blend_net_gives_back_the_composite_and_is_no_residual():
+def test_an_untrained_blend_net_gives_back_the_composite_and_paints_all_but_what_alternates():
     net, picture = BlendNet(16), torch.rand(2, 3, 24, 24)
     assert (net(picture, torch.ones(2, 1, 24, 24)) - picture).square().mean().sqrt() < .04
     for p in net.parameters(): p.zero_()
-    assert (net(picture, torch.ones(2, 1, 24, 24)) == .5).all()          # nothing of its input passes beside its weights
+    left = net(picture, torch.ones(2, 1, 24, 24)) - .5                   # what of its input passes beside its weights
+    torch.testing.assert_close(left, picture - smooth(picture)); assert smooth(left).abs().mean() < .3*picture.std()
+
+
+@torch.no_grad()
+def test_no_weights_make_a_pattern_that_alternates_from_pixel_to_pixel():
+    net, flat = BlendNet(16), torch.full((1, 3, 24, 24), .5)
+    net.outward.bias.copy_(torch.tensor([1., -1, -1, 1]).repeat(3))      # the order of pixel_shuffle: a checkerboard
+    assert (net(flat, torch.ones(1, 1, 24, 24))[..., 2:-2, 2:-2].diff(dim=-1).abs() < .05).all()
 
 
 # ---- what is hidden -----------------------------------------------------------------------------------------------------
@@ -337,15 +345,31 @@ def test_an_untrained_network_shows_the_mean_of_the_stills(width):
     blocks = torch.rand(1, 5, 3, 12, 12).repeat_interleave(8, -1).repeat_interleave(8, -2)
     net, batch = G4G(**{**SMALL, 'width': width}).eval(), dataclasses.replace(random_batch(96, 1, 1), stills=blocks)
     with torch.no_grad(): drawn = net(batch)
-    assert (net.inner['decoded'] - blocks.mean(1)).square().mean().sqrt() < .13
+    stills = list(_kept(scaled(128, width), scaled(256, width))[0])
+    assert (net.inner['decoded'] - blocks[:, stills].mean(1)).square().mean().sqrt() < .18
     assert (drawn[0, ..., :36, :] - batch.masked[0, ..., :36, :]).square().mean().sqrt() < .05
 
 
 def test_the_copies_fit_into_their_channels():
     for width in (1., .5, .375, .25, .1875, .125, .0625, .03):
-        middle, wide = scaled(128, width), scaled(256, width); stills, side = _kept(middle, wide)
-        assert 3*stills*side**2 <= wide and 3*stills*max(1, side**2//4)*(side == 4) <= middle
-    assert _kept(128, 256) == (5, 4)
+        middle, wide = scaled(128, width), scaled(256, width); stills, luma, chroma = _kept(middle, wide)
+        layout = _layout(luma, chroma)
+        assert len(stills)*sum(len(to) for _, to in layout) <= wide and len(stills)*len(layout) <= middle
+        assert sorted(c for _, to in layout for c in to) == list(range(luma**2 + 2*chroma**2))
+    assert _kept(128, 256) == (tuple(range(5)), 4, 4)
+
+
+@torch.no_grad()
+def test_brightness_is_copied_at_full_size_where_colour_is_not():
+    torch.manual_seed(0)
+    grey, coloured = torch.rand(1, 1, 1, 104, 80).expand(1, 5, 3, 104, 80), torch.rand(1, 1, 3, 104, 80).expand(1, 5, 3, 104, 80)
+    net = G4G(**{**SMALL, 'width': .25}).eval()
+    for p in (net.still_encoder[0].conv, net.still_encoder[1].conv, net.decoder.join, net.decoder.up, net.decoder.paint):
+        p.weight[p.weight.abs() < .03] = 0                                           # the small random weights beside the copies
+    def shown(stills):
+        source = torch.zeros(1, 64, 26, 20)
+        return net.decoder(source, net.still_encoder(2*stills.flatten(1, 2) - 1)) - smooth(stills[:, 0])
+    assert shown(grey).abs().mean() < .3*shown(coloured).abs().mean()
 
 
 @pytest.mark.parametrize('options', [dict(), dict(masks=1), dict(blend=False)])

@@ -1,4 +1,5 @@
 """The ledger: rules judge both ways, what is missing is not run, and the page states rules before numbers."""
+import json
 import re
 from dataclasses import replace
 
@@ -9,10 +10,11 @@ import pytest
 from talkingface.core import InputError, ParamsError
 from talkingface.experiments import PUBLISHED_NETWORKS, published, write_rows
 from talkingface.ledger import (CLAIMS_C, ENOUGH_SEEDS, EXPERT_VERDICTS, FEWEST_CLIPS, LEDGER, LEDGER_FIELDS, NO_LOSS, RULES, SHARE_OF_REPORTED, STEADINESS,
-                                VERDICTS, Bears, Compare, Evidence, Expert, Found, Leak, LedgerClaim, Open, Part, Spread, Steady, comparable,
+                                VERDICTS, FEWEST_RATERS, Bears, Compare, Evidence, Expert, Found, Leak, LedgerClaim, Open, Part, Rated, Spread, Steady, comparable,
                                 crossed_interval, decide, is_part, ledger, ledger_counts, ledger_markdown, printed, read_evidence, readme_ledger, rows_of,
                                 seed_interval, verdict_of, with_reported, write_ledger)
 from talkingface.robustness import CLAIMS as EXPERT_CLAIMS
+from talkingface.study import KEY_FORMAT, RATINGS_FORMAT, SCALES, collect_study, study_checksum
 
 
 def rows(means: dict, clips=10, seeds=3, spread=.02, noise=.002, profile='demo', where='test'):
@@ -513,6 +515,60 @@ def test_files_are_read_written_and_equal(tmp_path):
     assert list(table) == list(LEDGER_FIELDS) and set(table['verdict']) <= set(VERDICTS)
     assert table.set_index('id').loc['A4.psnr', 'verdict'] == 'reproduced'
     with pytest.raises(InputError, match='profile'): read_evidence('medium', tmp_path/'rows')
+
+
+def ratings_of_people(folder, score, methods=('truth', 'wav2lip', 'dinet', 'ours'), raters=3, clips=8, where='hd'):
+    "What `study collect` makes of made-up raters, whose ratings are `score(method, rater, clip)`."
+    folder.mkdir(parents=True); items = {f'c{i:03d}': dict(method=m, clip=f'{where}_{c}', sha256='0'*64) for i, (m, c) in enumerate((m, c) for m in methods for c in range(clips))}
+    scales = [dict(name=s.name, label=s.label, question=s.question, answers=list(s.answers), sound=s.sound) for s in SCALES.values()]
+    key = dict(format=KEY_FORMAT, methods=list(methods), clips=[f'{where}_{c}' for c in range(clips)], raters=raters, scales=scales, encoded=False, items=items, orders=[list(items)]*raters)
+    key['checksum'] = study_checksum(key); key['study'] = key['checksum'][:10]; (folder/'key.json').write_text(json.dumps(key)); files = []
+    for r in range(1, raters + 1):
+        entries = [dict(item=n, plays=1, failed=False, scores={s: score(i['method'], r, int(i['clip'].split('_')[1])) for s in SCALES}) for n, i in items.items()]
+        files.append(folder/f'{r}.json'); files[-1].write_text(json.dumps(dict(format=RATINGS_FORMAT, study=key['study'], checksum=key['checksum'], rater=r, ratings=entries)))
+    collect_study(folder, files, folder/'collected')
+    return dict(collected=str(folder/'collected'), profile='demo', methods={})
+
+
+def lines_on_raters(tmp_path, profile='demo', **blocks):
+    "The lines of the ledger on raters; rows of the profile say which clips are of which set."
+    seen = [rows({'setup_a': {'psnr': 30.}}, clips=8, seeds=1, profile=profile, where=w) for w in ('hd', 'test')]
+    for part in seen: part['clip'] = part['set'] + '_' + part['clip'].str.removeprefix('clip_')
+    write_rows(tmp_path/profile/'a.csv', pd.concat(seen))
+    table = ledger(read_evidence(profile, tmp_path/profile, studies=blocks)).set_index('id')
+    return table[table.index.str.startswith('B9.raters') | table.index.str.startswith('C8')]
+
+
+def test_ratings_of_people_settle_the_claims_on_raters(tmp_path):
+    "Three raters, judged both ways; without ratings the claims stay open, in the words that they had."
+    order = dict(truth=5, ours=4, dinet=3, wav2lip=2); fair = lambda m, r, c: order[m] - (c == 3) - (m == 'wav2lip' and c == r + 3)
+    block = ratings_of_people(tmp_path/'fair', fair); found = lines_on_raters(tmp_path, av_expert=block, g4g=block)
+    assert set(found['verdict']) == {'reproduced'} and found.loc['B9.raters', 'measured'] == pytest.approx(2 + 1/8) and found.loc['C8.dinet_realness', 'measured'] == 1
+    assert found.loc['B9.raters', 'n'] == 8 and '3 raters' in found.loc['B9.raters', 'why'] and found.loc['B9.raters', 'low'] > 1
+    against = lines_on_raters(tmp_path, g4g=ratings_of_people(tmp_path/'against', lambda m, r, c: 5 - fair(m, r, c) + (m == 'truth')))
+    assert against.loc['C8', 'verdict'] == 'not_reproduced' and against.loc['B9.raters', 'verdict'] == 'not_run'
+    open_ = lines_on_raters(tmp_path, av_expert=dict(collected='', profile='', methods={}))
+    assert set(open_['verdict']) == {'not_run'} and all(w.startswith('no ratings were collected') for w in open_['why'])
+    assert 'no ratings were collected' in ledger(Evidence('demo')).set_index('id').loc['C8', 'why']
+    both = rows({'unsupervised': {'lse_c[corpus]': 4.}, 'wav2lip': {'lse_c[corpus]': 5.}, 'shuffled_audio': {'lse_c[corpus]': 1.}}, clips=8, seeds=1, where='hd')
+    both['clip'] = 'hd_' + both['clip'].str.removeprefix('clip_'); write_rows(tmp_path/'both'/'a.csv', both)
+    whole = ledger(read_evidence('demo', tmp_path/'both', studies=dict(av_expert=block))).set_index('id').loc['B9']
+    assert whole['why'].startswith('one training of each row; reproduced: raters; inconclusive: LSE-C') and (whole['n'], whole['seeds']) == (8, 1)
+
+
+def test_ratings_that_decide_nothing(tmp_path):
+    "Raters who disagree, few raters, few clips, clips of another set or profile, methods by other names."
+    prefer = lambda m, r, c: 3 + (m == 'ours'); rule = lines_on_raters
+    apart = rule(tmp_path, av_expert=ratings_of_people(tmp_path/'apart', lambda m, r, c: 3 + (m == 'ours')*(r - 2))).loc['B9.raters']
+    assert apart['verdict'] == 'inconclusive'
+    for name, options in dict(raters=dict(raters=FEWEST_RATERS - 1), clips=dict(clips=FEWEST_CLIPS - 1)).items():
+        few = rule(tmp_path, av_expert=ratings_of_people(tmp_path/name, prefer, ('wav2lip', 'ours'), **options)).loc['B9.raters']
+        assert few['verdict'] == 'inconclusive' and 'a verdict takes' in few['why']
+    block = ratings_of_people(tmp_path/'test', prefer, ('wav2lip', 'unsupervised'), where='test')
+    assert 'has no ours, but wav2lip, unsupervised' in rule(tmp_path, av_expert=block).loc['B9.raters', 'why']
+    named = block | dict(methods={'ours': 'unsupervised'})
+    assert 'nobody rated both on a clip of hd' in rule(tmp_path, av_expert=named).loc['B9.raters', 'why']      # B9 is on hd alone
+    assert rule(tmp_path, 'medium', av_expert=named).loc['B9.raters', 'why'] == 'no ratings were collected'
 
 
 def test_strange_input_is_refused():

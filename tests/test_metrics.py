@@ -7,10 +7,12 @@ import torch
 
 from talkingface.core import InputError
 from talkingface.experts.base import SyncExpert
+from talkingface.experts.features import FeatureNet
 from talkingface.metrics.base import METRICS, ClipMean
 from talkingface.metrics.image import PSNR, SSIM, SSIM_SETTINGS, psnr, psnr_frames, ssim, ssim_frames
 from talkingface.metrics.lips import LipTracker, aperture_correlation, lmd
-from talkingface.metrics.report import ROW_FIELDS, Scorers, evaluate_method
+from talkingface.metrics.perceptual import CorpusLPIPS, FeatureScorer, lpips_frames
+from talkingface.metrics.report import CLIP_SCORES, ROW_FIELDS, Case, Scorers, evaluate_method
 from talkingface.metrics.sync import SyncScorer, check_independent, lse, lse_distances
 
 
@@ -252,3 +254,14 @@ def test_short_clip_of_29_frames_is_scored():
     assert by_metric(rows)['lse_c[toy]']['value'] is not None
     rows = evaluate_method('x', lambda c: c.faces, store_of(1, 4), SCORERS, 'smoke')
     assert 'the expert needs 5' in by_metric(rows)['lse_c[toy]']['reason']
+
+
+def test_lpips_of_the_corpus_leaves_the_feature_vectors_that_other_metrics_want():
+    torch.manual_seed(0); net = FeatureNet(width=4).eval(); faces = torch.randint(0, 256, (21, 3, 96, 96), dtype=torch.uint8).numpy()
+    clip = SimpleNamespace(faces=faces[::-1].copy(), valid=np.ones(21, bool), wav=np.zeros(1, np.float32), landmarks=np.zeros((21, 68, 2)))
+    rows = FeatureScorer(net); scorers = Scorers(lpips={'corpus': CorpusLPIPS(net)}, features={'corpus': rows})
+    case = Case(faces, clip, scorers); values = CLIP_SCORES['lpips_corpus'][0](case, 'corpus')
+    np.testing.assert_allclose(values, lpips_frames(CorpusLPIPS(net), faces, clip.faces), rtol=1e-6)
+    kept = [side.found[('rows', id(rows))] for side in (case.made, case.truth)]
+    for found, side in zip(kept, (faces, clip.faces)): np.testing.assert_allclose(found, rows(side), atol=1e-5)
+    assert not net.blocks[-1]._forward_hooks

@@ -84,6 +84,15 @@ def test_the_generator_stage_waits_for_what_its_rows_name(root, params):
     assert {'warm_ups', 'silencers', 'perceptual'} <= {d.rsplit('/', 1)[1] for d in deps}
 
 
+def test_stages_see_the_ratings_that_studies_names(root, params):
+    "What reads ratings has the block and the folder among what it depends on."
+    stages = yaml.safe_load((root/'dvc.yaml').read_text())['stages']
+    readers = {n: s for n, s in stages.items() if '@studies' in s['cmd']}; assert set(readers) == {'av_expert_table_study', 'g4g_table_study', 'ledger'}
+    for name, stage in readers.items():
+        assert 'paper_figures/studies' in stage['deps'] and {'ledger': 'studies'}.get(name, f"studies.{name.removesuffix('_table_study')}") in stage['params']
+    assert (root/'paper_figures/studies/README.md').is_file() and set(params['studies']) == {'av_expert', 'g4g'}
+
+
 @pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
 def test_the_judge_trains_nothing(params, profile):
     trainers = {row.get('expert') for part in ('rows', 'silencers', 'rivals', 'warm_ups') for row in params[part].values()}
@@ -108,7 +117,10 @@ def changed(root, tmp_path, change) -> None:
     (lambda t: re.sub(r'\n      seeds: \d+', r'\g<0>\n      seeds_of: {setup_bb: 2}', t, count=1), "seeds_of: unknown key 'setup_bb', did you mean 'setup_b'"),
     (lambda t: re.sub(r'\n      seeds: \d+', r'\g<0>\n      seeds_of: {setup_b: 0}', t, count=1), 'seeds_of.setup_b: expected at least 1 training, got 0'),
     (lambda t: re.sub(r'\n      seeds: \d+', r'\g<0>\n      seeds_of: [setup_b]', t, count=1), 'seeds_of: expected a block of keys'),
-], ids=['key', 'profile', 'missing', 'yaml', 'top', 'block', 'device', 'text', 'row', 'none', 'list'])
+    (lambda t: t.replace("g4g: {collected: '', profile: ''", "g4g: {collected: scores, profile: demo"), 'studies.g4g.collected: expected a folder within paper_figures/studies/'),
+    (lambda t: t.replace("g4g: {collected: '', profile: ''", "g4g: {collected: paper_figures/studies/g4g, profile: ''"), 'studies.g4g.profile'),
+    (lambda t: t.replace("g4g: {collected: ''", "g4g: {colected: ''"), "did you mean 'collected'"),
+], ids=['key', 'profile', 'missing', 'yaml', 'top', 'block', 'device', 'text', 'row', 'none', 'list', 'ratings', 'rated', 'study'])
 def test_a_wrong_file_is_refused(root, tmp_path, change, message):
     changed(root, tmp_path, change)
     with pytest.raises(ParamsError, match=re.escape(message)): read_params(tmp_path)

@@ -170,6 +170,7 @@ def test_a_second_row_is_a_block(checkout):
 def test_benchmarks_run(checkout):
     done = run(checkout, 'talkingface', 'bench', '--profile', 'smoke', '--seconds', '.05', '--profile-only')
     assert 'render 256x256' in done.stdout and 'generator light, all losses of G: data_wait' in done.stdout
+    assert 'generator g4g, all losses: part backward' in done.stdout and 'generator dinet, bf16, groups of 5: a frame' in done.stdout
 
 
 def test_the_command_line_scores_and_dubs(checkout, tmp_path):

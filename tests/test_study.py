@@ -26,7 +26,7 @@ from talkingface.data.video import probe, read_frames, write_video
 from talkingface.dubbing import save_faces
 from talkingface.study import (balanced_square, browser_problem, build_study, collect_study, copy_clip, crossed_interval, find_clips,
                                find_scales, krippendorff_alpha, method_folders, rater_order, read_key, read_ratings, read_study,
-                               row_videos, study_table)
+                               row_videos, study_of, study_table)
 
 METHODS, CLIPS = ('zebrafish', 'wallaby', 'ground_truth'), ('holiday', 'harbour')
 
@@ -376,6 +376,28 @@ def test_reported_scores_stand_beside_measured_ones(built, tmp_path, root):
     assert np.isnan(table.loc['wav2lip', 'mos_sync']) and table.loc['wav2lip', 'mos_sync_reported'] == 2.91
     mixed = pd.concat([told, told.assign(set='LRS2')])
     with pytest.raises(InputError, match='several sets'): study_table(done, mixed)
+
+
+def test_a_study_counts_for_the_profile_whose_clips_were_rated(built, tmp_path):
+    key = read_key(built); files = [rating_file(tmp_path/f'{r}.json', key, r) for r in (1, 2, 3)]; collect_study(built, files, tmp_path/'out')
+    block = dict(collected=str(tmp_path/'out'), profile='demo', methods={})
+    assert study_of(block, 'demo')['raters'] == 3 and study_of(block, 'medium') is None
+    assert study_of({}, 'demo') is None and study_of(block | dict(collected=''), 'demo') is None
+    (tmp_path/'text.json').write_text('rated!'); collect_study(built, [tmp_path/'text.json'], tmp_path/'none')
+    assert study_of(block | dict(collected=str(tmp_path/'none')), 'demo') is None           # no rating can be used
+    with pytest.raises(InputError, match='no study.json'): study_of(block | dict(collected=str(tmp_path/'gone')), 'demo')
+
+
+def test_the_table_of_a_paper_takes_ratings(built, tmp_path, root):
+    "The notebook of table 3, as its stage runs it, with and without ratings."
+    import papermill
+    key = read_key(built); collect_study(built, [rating_file(tmp_path/f'{r}.json', key, r) for r in (1, 2, 3)], tmp_path/'collected')
+    for name, block in dict(rated=dict(collected=str(tmp_path/'collected'), profile='demo', methods={'ours': 'wallaby'}), open={}).items():
+        papermill.execute_notebook(root/'nbs'/'papers'/'g4g'/'table_study.ipynb', tmp_path/f'{name}.ipynb', cwd=root, progress_bar=False,
+                                   parameters=dict(profile='demo', ratings=block, out=str(tmp_path/name)))
+    rated, open_ = (pd.read_csv(tmp_path/f'{name}.csv').set_index('method') for name in ('rated', 'open'))
+    assert rated.loc['wallaby', 'mos_sync'] == 3 and rated.loc['wallaby', 'mos_sync_reported'] == 4.26 and '| G4G |' in (tmp_path/'rated.md').read_text()
+    assert open_.loc['ours', 'mos_sync_reported'] == 4.26 and open_['mos_sync'].isna().all() and 'open' in (tmp_path/'open.md').read_text()
 
 
 # ---- in a browser

@@ -677,3 +677,23 @@ def test_what_a_generator_goes_on_from_is_on_record(tmp_path, toys):
     train_generator(toys, Row(start.config, {'pixel': 1.}, start='warm_up'), params, tmp_path/'row', start=start)
     assert 'a'*64 in json.loads((tmp_path/'row'/'meta.json').read_text())['run']['ancestors']
     with pytest.raises(Exception, match='row.silence names'): train_generator(toys, Row(start.config, {'pixel': 1.}, silence='silent'), params, tmp_path/'no', start=start)
+
+
+def test_an_expert_of_the_same_pretraining_may_not_score(tmp_path, toys):
+    "What an expert was fine-tuned from is on record behind the warm-up and the row; a sister of the expert is refused, a stranger is not."
+    from talkingface.metrics.sync import SyncScorer, check_independent
+    def expert(own, origin):
+        made = build_expert({'name': 'syncnet', 'width': .125}).eval(); made.meta = {'weights_sha256': own*64, 'run': {'from': origin*64} if origin else {}}
+        return made
+    params = GeneratorParams(steps=1, batch=2, validate_clips=1); trainer = expert('a', 'f')
+    train_generator(toys, Row({'name': 'light', 'width': 8}, {'pixel': 1., 'sync': .1}), params, tmp_path/'warm_up', trainer)
+    start = load_model(tmp_path/'warm_up', build_generator)
+    train_generator(toys, Row(start.config, {'pixel': 1.}, start='warm_up'), params, tmp_path/'row', start=start)
+    for name in ('warm_up', 'row'):
+        meta = json.loads((tmp_path/name/'meta.json').read_text()); assert 'f'*64 in meta['run']['ancestors']
+        for own, origin in (('b', 'f'), ('f', '')):              # a sister, and what both come from
+            with pytest.raises(InputError, match='fine-tuned from|trained this generator'): check_independent(SyncScorer(expert(own, origin), 'x', own*64), meta)
+        for own, origin in (('b', 'e'), ('b', '')): check_independent(SyncScorer(expert(own, origin), 'x', own*64), meta)
+    old = {'run': {'expert': 'a'*64, 'ancestors': []}}           # of before that entry: the expert alone is known
+    check_independent(SyncScorer(expert('b', 'f'), 'x', 'b'*64), old)
+    with pytest.raises(InputError, match='trained this generator'): check_independent(SyncScorer(trainer, 'x', 'a'*64), old)

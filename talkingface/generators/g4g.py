@@ -15,7 +15,7 @@ from ..core import InputError, ParamsError
 from ..experts.base import unit_length
 from .base import Generator, GeneratorBatch
 from .dinet import AdaAT, crop_shape, resized, visible_crop
-from .light import LightAudioEncoder
+from .light import LightAudioEncoder, smooth
 from ..layers import scaled
 from ..losses.g4g import mouth_masks
 
@@ -171,7 +171,8 @@ class BlendNet(nn.Module):
                 mask: Tensor               # (N, 1, H, W)
                ) -> Tensor:                # (N, 3, H, W) float32
         seen = torch.cat([2*composite - 1, mask], 1).contiguous(memory_format=torch.channels_last)
-        return F.pixel_shuffle(self.outward(self.blocks(self.inward(seen))), 2).float()/2 + .5
+        painted = F.pixel_shuffle(self.outward(self.blocks(self.inward(seen))), 2).float()/2 + .5
+        return composite + smooth(painted - composite)
 
 # %% ../../nbs/05_generators/08_g4g.ipynb #0ca59c88
 class G4G(Generator):
@@ -221,36 +222,51 @@ class Decoder(nn.Module):
     def forward(self, source: Tensor, moved: Tensor) -> Tensor:   # (N, 3, 4 h, 4 w) float32
         x = self.up(bend(self.join(torch.cat([source, moved], 1))))
         x = self.paint(self.block(bend(F.pixel_shuffle(x, 2))))
-        return F.pixel_shuffle(x, 2).float()/2 + .5
+        return smooth(F.pixel_shuffle(x, 2).float())/2 + .5
 
 # %% ../../nbs/05_generators/08_g4g.ipynb #30843da5
-def _kept(middle: int, wide: int) -> tuple[int, int]:
-    "How many stills are copied apart, and the side of the squares of pixels."
-    fits = ((5, 4, 60, 240), (5, 2, 15, 60), (1, 4, 12, 48), (1, 2, 3, 12), (1, 1, 3, 3))
-    return next((stills, side) for stills, side, m, w in fits if middle >= m and wide >= w)
+_COLOURS = ((1/3, 1/3, 1/3), (.5, 0., -.5), (.25, -.5, .25))    # brightness and two differences of red, green and blue
 
-def _split(conv: nn.Conv2d, count: int, apart: bool, corner: int, sources=None) -> None:
-    "Values 0..count-1 to half the size: the four of a square apart, or their mean."
-    sources = sources or [[(c, 1.)] for c in range(count)]; links = []
-    for c, parts in enumerate(sources):
-        for k, (y, x) in enumerate(_SQUARE):
-            links += [(4*c + k if apart else c, i, w*(1. if apart else .25), corner + y, corner + x) for i, w in parts]
-    _pass_on(conv, links)
+def _kept(middle: int, wide: int) -> tuple[tuple[int, ...], int, int]:
+    "Which stills are copied, and the side of the squares of brightness and of colour, for these channel counts."
+    every = tuple(range(5))
+    fits = ((every, 4, 4, 60, 240), (every, 4, 2, 30, 120), (every, 4, 1, 30, 90), ((0, 2, 4), 4, 1, 18, 54),
+            ((2,), 4, 1, 6, 18), ((2,), 2, 1, 3, 6), ((2,), 1, 1, 3, 3))
+    return next(tuple(kept) for *kept, m, w in fits if middle >= m and wide >= w)
+
+def _layout(luma: int, chroma: int) -> list[tuple[int, list[int]]]:
+    "Component and channels at a quarter of the size, of each channel at half the size, for one still."
+    found, n = [], 0
+    for component, side in enumerate((luma, chroma, chroma)):
+        for _ in range(4 if side == 4 else 1):
+            count = 4 if side > 1 else 1; found.append((component, list(range(n, n + count)))); n += count
+    return found
+
+def _halved(out: int, source: int, place: int | None, corner: int, weight: float = 1.) -> list:
+    "Links of one output at half the size: to one place of a square, or (None) to the mean of its four."
+    return [(out, source, weight*(1. if place is not None else .25), corner + y, corner + x)
+            for k, (y, x) in enumerate(_SQUARE) if place in (k, None)]
 
 @torch.no_grad()
 def _start(self) -> None:
     "Weights that copy the stills; see above."
-    first, second = self.still_encoder[0].conv, self.still_encoder[1].conv
-    wide = second.out_channels; stills, side = _kept(first.out_channels, wide)
-    shown = [[(c, 1.)] for c in range(15)] if stills == 5 else [[(3*r + c, .2) for r in range(5)] for c in range(3)]
-    _split(first, len(shown), side == 4, 2, shown)
-    _split(second, len(shown)*(4 if side == 4 else 1), side >= 2, 1)
-    each, decoder = 3*side**2, self.decoder                                     # channels of one still
-    _pass_on(decoder.join, [(c, wide + each*r + c, 1/stills) for r in range(stills) for c in range(each)])
-    _pass_on(decoder.up, [(c, c if side > 1 else c//4, 1.) for c in range(48 if side == 4 else 12)])
-    _pass_on(decoder.paint, [(c, c if side == 4 else c//4, 1.) for c in range(12)])
+    first, second, decoder = self.still_encoder[0].conv, self.still_encoder[1].conv, self.decoder; wide = second.out_channels
+    stills, luma, chroma = _kept(first.out_channels, wide); layout = _layout(luma, chroma)
+    each, inward, further, up, paint = layout[-1][1][-1] + 1, [], [], [], []        # channels of one still; links of the layers
+    back, seen = torch.tensor(_COLOURS).inverse().tolist(), [0, 0, 0]
+    for n, (component, channels) in enumerate(layout):
+        apart = luma == 4 if component == 0 else chroma == 4
+        place = seen[component] if apart else None; seen[component] += 1
+        for i, r in enumerate(stills):
+            for c, weight in enumerate(_COLOURS[component]): inward += _halved(len(layout)*i + n, 3*r + c, place, 2, weight)
+            for q, to in enumerate(channels): further += _halved(each*i + to, len(layout)*i + n, q if len(channels) > 1 else None, 1)
+        up += [(4*n + q, channels[q % len(channels)], 1.) for q in range(4)]
+        paint += [(4*c + k, n, back[c][component]) for c in range(3) for k in range(4) if place in (k, None)]
+    for conv, links in ((first, inward), (second, further), (decoder.up, up), (decoder.paint, paint)): _pass_on(conv, links)
+    _pass_on(decoder.join, [(c, wide + each*i + c, 1/len(stills)) for i in range(len(stills)) for c in range(each)])
     for head, n in ((self.adaat.scale, 1), (self.adaat.rotation, 1), (self.adaat.translation, 2)):
-        for r in range(stills): head[0].weight[n*each*r:n*each*(r + 1)] = head[0].weight[n*each*r:n*each*r + n].repeat(each, 1)
+        for i in range(len(stills)):
+            at = n*each*i; head[0].weight[at:at + n*each] = head[0].weight[at:at + n].repeat(each, 1)
 
 G4G._start = _start
 

@@ -192,7 +192,14 @@ def _silent(key, case):
     found = silent_values(case.made.aperture, case.truth.aperture, silent_segments(case.wav), case.valid)
     return found[key], found['frames']
 
-def _lpips(case, name): return case.pairs(partial(lpips_frames, case.scorers.lpips[name]))
+def _lpips(case, name):
+    net, rows, pooled = case.scorers.lpips[name], case.scorers.features.get(name), []
+    if not isinstance(net, CorpusLPIPS) or getattr(rows, 'net', None) is not net.features: return case.pairs(partial(lpips_frames, net))
+    keep = net.features.blocks[-1].register_forward_hook(lambda block, given, maps: pooled.append(maps.mean((2, 3)).float().cpu().numpy()))
+    try: values = case.pairs(partial(lpips_frames, net))                # other metrics want the vectors that pass by
+    finally: keep.remove()
+    for side, parts in ((case.made, pooled[::2]), (case.truth, pooled[1::2])): side.once(('rows', id(rows)), lambda: np.concatenate(parts))
+    return values
 
 def _ifc_feat(case, name):
     net = case.scorers.features[name]

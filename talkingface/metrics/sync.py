@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LSE_D_INFO', 'LSE_C_INFO', 'OFFSET_INFO', 'VARIANCE_INFO', 'lse_distances', 'LSE', 'lse', 'frame_confidence',
-           'best_distances', 'LSED', 'LSEC', 'SyncOffset', 'variance', 'LSECVariance', 'SyncScorer',
+           'best_distances', 'LSED', 'LSEC', 'SyncOffset', 'variance', 'LSECVariance', 'SyncScorer', 'pretraining',
            'check_independent', 'load_scorer', 'published_scorer']
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #f6f69f25
@@ -195,16 +195,26 @@ def _strings(value):
     elif isinstance(value, dict): yield from (s for v in value.values() for s in _strings(v))
     elif isinstance(value, (list, tuple)): yield from (s for v in value for s in _strings(v))
 
+def pretraining(scorer) -> str:
+    "Hash of the weights that the network of a scorer was fine-tuned from; '' if it was trained from nothing, or nobody knows."
+    net = next((n for n in (getattr(scorer, role, None) for role in ('expert', 'net')) if n is not None), None)
+    run = (getattr(net, 'meta', None) or {}).get('run')
+    return str(run.get('from') or '') if isinstance(run, dict) else ''
+
 def check_independent(scorer: SyncScorer,
                       generator_meta: dict   # the generator checkpoint's meta.json
                      ) -> None:
-    "Refuse a scorer whose weights trained the generator, or whose weights are not known by hash."
+    "Refuse a scorer that trained the generator or shares its pre-training with what did, or that is not known by hash."
     if not scorer.sha256:
         raise InputError(f"scorer {scorer.name!r} has no sha256, so nothing shows that it did not train the generator; give it "
                          f"the hash of its weights file")
-    if scorer.sha256 in set(_strings(generator_meta)):
+    known = set(_strings(generator_meta))
+    if scorer.sha256 in known:
         raise InputError(f"scorer {scorer.name!r} (sha256 {scorer.sha256[:8]}) trained this generator, so its scores would "
                          f"flatter it; score with an expert trained apart")
+    if (origin := pretraining(scorer)) and origin in known:
+        raise InputError(f"scorer {scorer.name!r} was fine-tuned from weights (sha256 {origin[:8]}) that an expert of this generator "
+                         f"comes from, too, so its scores would flatter it; score with an expert of another pre-training")
 
 # %% ../../nbs/08_metrics/03_sync.ipynb #12bfcc89
 def load_scorer(folder: str | Path,     # of a trained expert, as `save_model` writes it

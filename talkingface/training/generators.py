@@ -237,7 +237,8 @@ def expert_identity(expert: nn.Module | None) -> str:
     if expert is None: return ''
     return getattr(expert, 'meta', {}).get('weights_sha256') or getattr(expert, 'sha256', '') or 'not saved'
 
-PARTS = ('expert', 'start', 'audio', 'features', 'silencer')     # what a generator learns from, by its hash in the record of a run
+PARTS = ('expert', 'start', 'audio', 'features', 'silencer', 'from')     # what a network learned from, by its hash in the record of
+                                                                         # its run; `from` is what an expert was fine-tuned from
 
 def ancestors(*nets: nn.Module | None) -> list[str]:
     "Hashes of everything that the networks behind a training were trained with: none of it may score the result."
@@ -315,7 +316,7 @@ PLACES = ('start', 'audio', 'expert', 'silence', 'reference', 'losses', 'options
 class GeneratorBlock:
     "The block `generator` of a profile: the network, and the settings of each kind of training; further kinds are further keys."
     net: dict                                            # name and arguments of the network
-    warm_up: dict = field(default_factory=dict)          # settings of `GeneratorParams`; `net` in them replaces the network
+    warm_up: dict = field(default_factory=dict)          # settings of `GeneratorParams`; `net` in them replaces the network, `weights` those of losses
     train: dict = field(default_factory=dict)
     options: dict[str, dict] = field(default_factory=dict)   # name of a loss -> arguments of its constructor
     seeds: int = 1                                       # trainings of each row
@@ -334,7 +335,9 @@ def generator_block(block: dict) -> GeneratorBlock:
     own, kinds = ({k: v for k, v in block.items() if (k in known) == is_known} for is_known in (True, False))
     made = typed(GeneratorBlock, dict(own, kinds=kinds), 'generator')
     for kind, how in {'warm_up': made.warm_up, 'train': made.train, **made.kinds}.items():
-        typed(GeneratorParams, {k: v for k, v in how.items() if k != 'net'}, f'generator.{kind}')
+        typed(GeneratorParams, {k: v for k, v in how.items() if k not in ('net', 'weights')}, f'generator.{kind}')
+        for name in how.get('weights', {}):
+            if name not in LOSSES: raise unknown_key(name, LOSSES, f'generator.{kind}.weights')
     return made
 
 def trainings(block: dict, name: str = '') -> int:
@@ -397,14 +400,16 @@ def row_settings(row: dict, block: dict,       # of `rows`, and the block `gener
         if key not in PLACES: raise unknown_key(key, PLACES, 'row')
     made = generator_block(block); kinds = {'warm_up': made.warm_up, 'train': made.train, **made.kinds}
     if (kind := row.get('training', 'train')) not in kinds: raise unknown_key(kind, kinds, 'row.training')
-    how = dict(kinds[kind]); net = dict(how.pop('net', made.net))
+    how = dict(kinds[kind]); net, weights = dict(how.pop('net', made.net)), how.pop('weights', {})
+    losses = {k: weights.get(k, v) if v else v for k, v in row['losses'].items()}          # a term that is off stays off
     if 'start' in parts: net = dict(parts['start'].config)
     elif row.get('audio') == 'wav2vec2': net['audio'] = dict(name='wav2vec2')
     elif 'audio' in parts: net['audio'] = dict(parts['audio'].config)
     if 'net' in row: net = dict(row['net']) if 'name' in row['net'] else {**net, **row['net']}
-    options = {k: v for k, v in {**block.get('options', {}), **row.get('options', {})}.items() if row['losses'].get(k)}
-    kept = {k: row[k] for k in ('reference', 'silence', 'expert', 'start', 'losses', 'since') if k in row}
-    what = typed(Row, dict(kept, generator=net, options=options), 'row')
+    asked, own = block.get('options', {}), row.get('options', {})
+    options = {k: {**asked.get(k, {}), **own.get(k, {})} for k in {**asked, **own} if losses.get(k)}
+    kept = {k: row[k] for k in ('reference', 'silence', 'expert', 'start', 'since') if k in row}
+    what = typed(Row, dict(kept, losses=losses, generator=net, options=options), 'row')
     settings = typed(GeneratorParams, {**place, **how}, 'generator')
     check_since(what, settings.steps)
     return what, settings
