@@ -7,7 +7,7 @@ __all__ = ['FEWEST_SEEDS', 'TOLD_INTERVAL', 'SUMMARY_KEY', 'PAIR_LINE', 'LEAK', 
            'seed_interval', 'told_interval', 'seed_means', 'ablation_summary', 'holm', 'signed_rank', 'chosen_metrics',
            'neighbours', 'variance_pairs', 'leak_summary', 'leak_pairs', 'reported_as', 'Printed', 'printed',
            'as_printed', 'ablation_table', 'method_label', 'restorer_label', 'ablation_notes', 'pairs_markdown',
-           'seeds_markdown', 'variance_markdown', 'variance_figure', 'network_note', 'save_ablation']
+           'seeds_markdown', 'variance_markdown', 'variance_figure', 'network_note', 'weights_note', 'save_ablation']
 
 # %% ../nbs/11_ablation.ipynb #576dfde6
 import re
@@ -492,6 +492,21 @@ def network_note(generators: str | Path,   # folder of trained generators
     if len(found) == 1: return next(iter(found))
     usual = max(found, key=lambda k: len(found[k]), default='')
     return '; '.join(k if k == usual else f"{k} ({', '.join(who)})" for k, who in found.items())
+
+def weights_note(generators: str | Path,   # folder of trained generators
+                 method: str, label: str,
+                 block: dict               # of the row in params.yaml
+                ) -> str:                  # '': as in the block, or not trained
+    "What a training's losses had that their row does not say: weights, with those of the row in brackets, and options of the profile."
+    path = Path(generators)/method/'meta.json'
+    if not (path.is_file() and (asked := block.get('losses'))): return ''
+    row, own = read_json(path)['run']['row'], block.get('options', {})
+    several = lambda parts: ' and '.join(filter(None, [', '.join(parts[:-1]), *parts[-1:]]))
+    weights = several([f'{n} {w:g} ({asked[n]:g})' for n, w in row['losses'].items() if w != asked[n]])
+    more = {n: [f'{k} {v}' for k, v in o.items() if own.get(n, {}).get(k) != v] for n, o in row['options'].items()}
+    options = '; '.join(f"{n} with {several(o)}" for n, o in more.items() if o)
+    if not weights + options: return ''
+    return f"Weights of {label}'s losses as printed" + f' but for {weights}'*bool(weights) + f'; {options}'*bool(options) + '.'
 
 def _small(table) -> list[str]:
     "Metrics of very small numbers, unless they may have either sign or stand beside published ones."

@@ -92,6 +92,12 @@ def not_run(generated: str | Path, names: list[str]) -> dict[str, str]:
                if (Path(generated)/name/'meta.json').is_file()}
     return {name: reason for name, reason in reasons.items() if reason}
 
+def _trainings(name, generators, generated, silencers, others) -> list[tuple]:   # [(number, network, faces)]
+    "The folders of a row, or of a method that is no row: a generator of `silencers` as it is."
+    if others and not (Path(generated)/name).is_dir(): generators, generated = silencers, others
+    faces = row_folders(Path(generated)/name)
+    return [(number, Path(generators)/made.relative_to(generated), made) for number, made in faces.items()]
+
 def evaluate_leak(names: list[str],       # rows
                   generators: str | Path, # folder of the rows' networks
                   generated: str | Path,  # folder of the rows' re-voiced clips
@@ -99,19 +105,20 @@ def evaluate_leak(names: list[str],       # rows
                   silencers: str | Path | None = None, experts: str | Path | None = None,   # folders, by name
                   profile: str = '', device: str = 'cpu', seed: int = 0,
                   load: Callable = load_voice,
-                  workers: int = 1        # threads; they change the speed and nothing else
+                  workers: int = 1,       # threads; they change the speed and nothing else
+                  others: str | Path | None = None   # folder of faces of generators in `silencers`, for names that are no rows
                  ):                       # two DataFrames of LEAK_FIELDS: drawn references, and the rows' own
     "Openings of every training of every row, under drawn references and under its own."
     import pandas as pd
     true = {clip.name: opening(clip.faces) for clip in clips}
-    jobs = [(name, number, made) for name in names for number, made in row_folders(Path(generated)/name).items()]
+    jobs = [(name, *found) for name in names for found in _trainings(name, generators, generated, silencers, others)]
     if not jobs: raise InputError(f"none of the rows {', '.join(names)} was run; there is no leak to measure")
     def both(job):
-        name, number, made = job; told = dict(clips=clips, opening=opening, profile=profile, training=number, seed=seed, true=true)
+        name, number, network, made = job; told = dict(clips=clips, opening=opening, profile=profile, training=number, seed=seed, true=true)
         kept, shown = stored_faces(made, [clip.name for clip in clips]), read_json(made/'meta.json')['shown']
         if lacking := [clip.name for clip in clips if clip.name not in kept]:
             raise InputError(f"{made} has no faces of {lacking[0]}; its rows were generated for other sets, or with another limit")
-        voice = load(Path(generators)/made.relative_to(generated), device, silencers, experts)
+        voice = load(network, device, silencers, experts)
         return (leak_rows(name, lambda clip, of: voice.draw(clip, clip.mel, of), **told),
                 leak_rows(name, lambda clip, _: kept[clip.name], shown=shown, **told))
     with ThreadPoolExecutor(workers) as pool: found = list(progress(pool.map(both, jobs), 'leak', len(jobs)))

@@ -6,7 +6,7 @@ import pytest
 from talkingface.ablation import (LEAK, ablation_notes, ablation_summary, ablation_table, as_printed, chosen_metrics, holm, leak_pairs, leak_summary,
                                   neighbours, network_note, pairs_markdown, printed, read_methods, reported_as, restorer_label,
                                   save_ablation, seed_interval, seeds_markdown, signed_rank, told_interval, variance_figure, variance_markdown,
-                                  variance_pairs)
+                                  variance_pairs, weights_note)
 from talkingface.core import InputError, file_hash, write_json
 from talkingface.experiments import PUBLISHED_FIELDS, check_rows, published, summarise, write_rows
 from talkingface.metrics.silence import leak_coefficients, leak_sums
@@ -328,4 +328,7 @@ def test_labels(tmp_path):
     write_json(tmp_path/'b'/'meta.json', {'config': {'name': 'light', 'width': 24}})
     assert network_note(tmp_path, ['a', 'b', 'gone']) == 'light network, width 24'
     assert network_note(tmp_path, ['a', 'b', 'w']) == 'light network, width 24; wav2lip network (w)' and network_note(tmp_path, []) == ''
+    write_json(tmp_path/'g'/'meta.json', {'run': {'row': {'losses': {'sync': .1, 'pixel': 2}, 'options': {'pixel': {'mask': 1}}}}})
+    assert weights_note(tmp_path, 'g', 'G', {'losses': {'sync': 1., 'pixel': 2.}, 'options': {'pixel': {'mask': 1}}}) == "Weights of G's losses as printed but for sync 0.1 (1)."
+    assert weights_note(tmp_path, 'g', 'G', {'losses': {'sync': .1, 'pixel': 2.}}) == "Weights of G's losses as printed; pixel with mask 1."
     assert restorer_label('vqfr_v1') == 'VQFR v1' and restorer_label('unsharp') == 'Unsharp mask'

@@ -10,18 +10,22 @@ from torch import nn
 from talkingface.core import InputError
 from talkingface.data.faces import MEAN_FACE, to_crop
 from talkingface.diagrams import (EXPERT_PARTS, LAYOUTS, ROUTES, connections, count_text, expert_parts, generator_parts, insertion_figure,
-                                  insertion_parts,
-                                  model_figure, model_pictures)
+                                  framework_figure, framework_pictures, insertion_parts, model_figure, model_pictures, shown_inputs)
 from talkingface.experts.avhubert import AVHubertExpert
 from talkingface.generators.base import build_generator, random_batch
 from talkingface.layers import parameter_count, to_unit
 from talkingface.losses.av_expert import AVExpertLoss, ClipContext, plain_av_loss
 
-SMALL = {'lipsync': dict(name='lipsync', width=.125), 'light': dict(name='light', width=8)}
+SMALL = {'lipsync': dict(name='lipsync', width=.125), 'light': dict(name='light', width=8),
+         'g4g': dict(name='g4g', size=96, scale=.25, width=.0625, blocks=1)}
 
 
 @pytest.fixture(scope='module', params=SMALL)
 def net(request): return build_generator(SMALL[request.param])
+
+
+@pytest.fixture(scope='module', params=('lipsync', 'light'))
+def paper_b(request): return build_generator(SMALL[request.param])
 
 
 @pytest.fixture(scope='module')
@@ -46,10 +50,12 @@ def test_every_box_is_a_part_and_every_part_has_a_box(net):
     where, edges = LAYOUTS[net.config['name']]; parts = generator_parts(net)
     assert set(where) == set(parts) == {n for n, c in net.named_children() if parameter_count(c)}
     assert sum(p.parameters for p in parts.values()) == parameter_count(net)
-    assert {n for edge in edges for n in edge} == set(where) | {'reference', 'masked', 'mel', 'output'}
+    assert {n for edge in edges for n in edge} == set(where) | {*shown_inputs(net), 'output'}
 
 
-def tensors(values): return [values] if torch.is_tensor(values) else [t for v in values for t in tensors(v)]
+def tensors(values):
+    if torch.is_tensor(values): return [values]
+    return [t for v in values for t in tensors(v)] if isinstance(values, (list, tuple)) else []
 
 
 def test_the_gradient_flows_along_every_arrow(net):
@@ -63,7 +69,7 @@ def test_the_gradient_flows_along_every_arrow(net):
                                                                                                []).extend(tensors(takes)))
                                                                                                    and None))
     batch = random_batch(net.size, 1, 2); sources = {}
-    for field in ('reference', 'masked', 'mel'): sources[field] = getattr(batch, field).requires_grad_(True)
+    for field in shown_inputs(net): sources[field] = getattr(batch, field).requires_grad_(True)
     output = net(batch)
     for hook in hooks: hook.remove()
     starts = {k: [v] for k, v in sources.items()} | inside; ends = taken | {'output': [output]}
@@ -113,8 +119,8 @@ def test_a_layout_that_lacks_an_arrow_is_not_drawn(expert, clip, monkeypatch):
     with pytest.raises(InputError, match='down → up'): model_figure(net, expert, model_pictures(net, clip, 4, 12, 4, 5, expert), {}, frames=24)
 
 
-def test_shapes_in_the_boxes_are_those_of_a_pass(net, expert):
-    parts = generator_parts(net)
+def test_shapes_in_the_boxes_are_those_of_a_pass(paper_b, expert):
+    parts = generator_parts(paper_b)
     assert parts['audio_encoder'].takes[0] == (1, 80, 16) and parts['audio_projection'].takes[0][1:] == (1, 1)
     known = expert_parts(expert, 12); assert set(known) == set(EXPERT_PARTS)
     assert known['net.feature_extractor_video.resnet'].takes == ((1, 12, 44, 44),
@@ -124,14 +130,29 @@ def test_shapes_in_the_boxes_are_those_of_a_pass(net, expert):
     assert known['net.encoder'].parameters == parameter_count(expert.net.encoder)
 
 
-def test_the_figure_names_every_part(net, expert, clip):
+def test_the_figure_names_every_part(paper_b, expert, clip):
     terms, mode = dict(pixel=10., perceptual=1., adversarial=1., av_unsupervised=2.), expert.training
-    figure, table = model_figure(net, expert, model_pictures(net, clip, 4, 12, 4, 5, expert), terms, 'A title', 24)
+    figure, table = model_figure(paper_b, expert, model_pictures(paper_b, clip, 4, 12, 4, 5, expert), terms, 'A title', 24)
+    texts = ' '.join(t.get_text() for t in figure.axes[0].texts)
+    for name, part in generator_parts(paper_b).items(): assert name in texts and count_text(part.parameters) in texts
+    assert '10 · L_pixel' in texts and '2 · L_sync' in texts and 'A title' in texts
+    assert table.groupby('network')['parameters'].sum()[paper_b.config['name']] == parameter_count(paper_b)
+    assert expert.training == mode
+
+
+def test_the_framework_of_g4g_names_parts_and_losses_of_both_places():
+    net = build_generator(SMALL['g4g']); batch = random_batch(96, 1, 2); pictures = framework_pictures(net, batch)
+    assert pictures['stills'].shape == (96, 5*96, 3) and not pictures['masked'][48:].any() and pictures['still_landmarks'].max() > 200
+    figure, table = framework_figure(net, pictures, dict(attribute=1., ls_adversarial=.3, mouth_pixel=4., contrastive=5.), 'A title')
     texts = ' '.join(t.get_text() for t in figure.axes[0].texts)
     for name, part in generator_parts(net).items(): assert name in texts and count_text(part.parameters) in texts
-    assert '10 · L_pixel' in texts and '2 · L_sync' in texts and 'A title' in texts
-    assert table.groupby('network')['parameters'].sum()[net.config['name']] == parameter_count(net)
-    assert expert.training == mode
+    assert all(f'{weight} · {term}' in texts for weight, term in (('1', 'L_v'), ('0.3', 'L_GAN'), ('4', 'L_r'), ('5', 'L_con'))) and 'A title' in texts
+    assert table['parameters'].sum() == parameter_count(net)
+
+
+def test_networks_with_and_without_stills_have_figures_of_their_own(expert):
+    with pytest.raises(InputError, match='framework_figure'): model_figure(build_generator(SMALL['g4g']), expert, {}, {})
+    with pytest.raises(InputError, match='model_figure'): framework_figure(build_generator(SMALL['light']), {}, {})
 
 
 def test_a_part_without_a_place_is_refused(expert, clip):

@@ -1,16 +1,21 @@
 """Dubbing end to end with an untrained generator: every frame and the duration kept, frames without a face, audio of any length."""
+import ast
+
+import av
 import numpy as np
 import pytest
 import torch
 
+from talkingface.cli import main
 from talkingface.core import InputError, read_json
 from talkingface.data.audio import load_audio, mel_spectrogram, save_audio
 from talkingface.data.clips import Clip
-from talkingface.data.faces import Track
+from talkingface.data.faces import MEAN_FACE, StoredTracks, Track
 from talkingface.data.video import probe, read_frames, write_video
 from talkingface.dubbing import METHODS, Voice, dub, random_frame, reencoded, reference_track, restore_row, revoice, revoice_row, stored_faces
 from talkingface.data.faces import crop_faces, to_crop
 from talkingface.generators.base import GENERATORS, Generator
+from talkingface.generators.g4g import G4G
 from talkingface.generators.light import LightGenerator
 from talkingface.generators.lipsync import LipSync
 from talkingface.generators.references import Silencer
@@ -151,6 +156,62 @@ def test_a_generator_with_stills_dubs_a_video_from_its_own_frames(video, tmp_pat
     assert abs(out - shown)[60:90, 10:86].mean() < 8
     with pytest.raises(InputError, match='leave the silencer out'):
         dub(video, tmp_path/'a.wav', generator, Fixed(), tmp_path/'no.mp4', silencer=Silencer(LightGenerator(width=8)))
+
+
+# ---- G4G, from the command line ------------------------------------------------------------------------------------------
+def lossless(path, frames):
+    "A video whose pixels are read back as they were written."
+    with av.open(str(path), 'w') as file:
+        stream = file.add_stream('ffv1', rate=25); stream.height, stream.width = frames.shape[1:3]; stream.pix_fmt = 'bgr0'
+        for image in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format='rgb24').reformat(format='bgr0')))
+        file.mux(stream.encode(None))
+    return path
+
+
+def a_talking_video(folder, frames, missing=()):
+    "A video with its track beside it: a mean face whose mouth opens and closes; `missing` frames have no face."
+    path = lossless(folder/'face.mkv', frames); landmarks = np.tile(MEAN_FACE*(frames.shape[1]/256), (len(frames), 1, 1)).astype(np.float32)
+    landmarks[:, 65:68, 1] += 6 + 5*np.sin(np.arange(len(frames)))[:, None]; landmarks[list(missing)] = np.nan
+    np.savez(folder/'face.npz', landmarks=landmarks)
+    return path
+
+
+@pytest.fixture(scope='module')
+def trained_g4g(tmp_path_factory):
+    "What a training leaves: config, weights, and the row."
+    torch.manual_seed(0); net = G4G(size=96, scale=.25, width=.0625, blocks=1)
+    return save_model(tmp_path_factory.mktemp('g4g')/'generators'/'g4g', net, dict(run=dict(row=dict(reference='random', silence=None))))
+
+
+def generate(folder, video, voice, generator, capsys) -> dict:
+    assert main(['generate', '--video', str(video), '--audio', str(voice), '--generator', str(generator), '--out', str(folder/'out.mp4')]) == 0
+    return ast.literal_eval(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize('missing', [(), (0, 5, 6, FRAMES - 1)])
+def test_g4g_dubs_a_video_from_the_command_line(trained_g4g, tmp_path, capsys, missing):
+    frames = picture(height=128, width=128); video = a_talking_video(tmp_path, frames, missing)
+    report = generate(tmp_path, video, speech(tmp_path/'a.wav', 1.5), trained_g4g, capsys)
+    assert (report['frames'], report['without_face'], report['audio_change']) == (FRAMES, len(missing), 'cut')
+    assert len(set(report['stills'])) == 5 and not set(missing) & set(report['stills']) and report['generator']['name'] == 'g4g'
+    info, made = probe(tmp_path/'out.mp4'), read_frames(tmp_path/'out.mp4').astype(int)
+    assert info.frames == FRAMES and len(load_audio(tmp_path/'out.mp4')) == 640*FRAMES
+    change = abs(made - frames).mean((1, 2, 3)); seen = np.setdiff1d(np.arange(FRAMES), missing)
+    assert change[seen].min() > 3 and (not missing or change[list(missing)].max() < 2.5)
+
+
+def test_the_mouths_of_dubbed_frames_do_not_come_through_g4g(trained_g4g, tmp_path, capsys):
+    "Other mouths in all frames that are no stills: the same video to the bit. Another mouth in one still: another video."
+    missing, frames = (7, 8), picture(height=128, width=128); video = a_talking_video(tmp_path, frames, missing); voice = speech(tmp_path/'a.wav', 1.2)
+    stills = generate(tmp_path, video, voice, trained_g4g, capsys)['stills']; first = read_frames(tmp_path/'out.mp4')
+    x0, y0, x1, y1 = np.nanmean(StoredTracks().track(video).boxes, 0)
+    mouth = slice(int(y0 + .55*(y1 - y0)), int(y0 + .85*(y1 - y0))), slice(int(x0 + .25*(x1 - x0)), int(x0 + .75*(x1 - x0)))
+    def dubbed(changed):
+        other = frames.copy(); other[(changed, *mouth)] = 255 - other[(changed, *mouth)]; lossless(video, other)
+        assert generate(tmp_path, video, voice, trained_g4g, capsys)['stills'] == stills
+        return read_frames(tmp_path/'out.mp4')
+    assert np.array_equal(dubbed(np.setdiff1d(np.arange(FRAMES), [*stills, *missing])), first)
+    assert abs(dubbed(np.array(stills[2:3])).astype(int) - first).max() > 20
 
 
 # ---- prepared clips -----------------------------------------------------------------------------------------------------

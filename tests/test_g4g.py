@@ -9,9 +9,10 @@ import torch
 from goldens import compare, det_state, load_golden, load_manifest
 from test_checkpoints import generated
 from talkingface.core import CheckpointError, InputError, MissingWeights, ParamsError
+from talkingface.experts.checkpoints import KNOWN_FILES, weights_table
 from talkingface.experts.syncnet import SyncNet
 from talkingface.generators.base import build_generator, check_generator, random_batch
-from talkingface.generators.dinet import (MODES, AdaAT, DINet, crop_shape, deform_exact, deform_published, load_dinet, resized,
+from talkingface.generators.dinet import (DINET_FILE, MODES, AdaAT, DINet, crop_shape, deform_exact, deform_published, load_dinet, resized,
                                           sampling_grid, visible_crop)
 from talkingface.generators.g4g import (G4G, AdaIN, BlendNet, _kept, _layout, bend, hidden_regions, landmark_sketch, smooth, softened)
 from talkingface.layers import scaled
@@ -153,8 +154,20 @@ def test_missing_weights_of_dinet_name_the_file_and_its_terms(tmp_path, monkeypa
     assert str(tmp_path) in str(error.value)
 
 
+def test_the_file_of_dinet_is_among_the_known_ones(tmp_path, monkeypatch):
+    "With its terms and origin; its size is that of the weights, and a file of that name is found and read."
+    monkeypatch.setenv('TALKINGFACE_WEIGHTS', str(tmp_path)); name = 'clip_training_DINet_256mouth.pth'
+    with torch.device('meta'): whole = DINet(**LOGITS).state_dict()
+    assert DINET_FILE in KNOWN_FILES and DINET_FILE.name == name and 'MRzzm/DINet' in DINET_FILE.source
+    assert DINET_FILE.megabytes == round(sum(v.nbytes for v in whole.values())/1e6)
+    net = DINet(width=.125, **LOGITS).eval(); torch.save({'state_dict': {'net_g': net.state_dict()}}, tmp_path/name)
+    row = next(row for row in weights_table() if row['name'] == name); loaded = load_dinet(size=96, scale=.25)
+    assert row['present'] and row['sha256'] == loaded.meta['sha256'] and row['licence'] == loaded.meta['licence']
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
 @torch.no_grad()
-def test_the_forward_pass_of_dinet(published):
+def test_drawing_with_dinet_is_its_parts_in_order(published):
     "Written out once more from the description, on plain tensors, at a quarter of the size."
     net = DINet(scale=.25, **LOGITS).eval(); net.load_state_dict(published)
     source, stills, sound = torch.rand(2, 3, 104, 80), torch.rand(2, 15, 104, 80), torch.randn(2, 29, 5)
@@ -266,6 +279,7 @@ def test_hidden_regions_hold_the_lower_half_and_their_box(height, width):
     regions, boxes = hidden_regions(height, width), mouth_masks(height, width, 3, feather=0.)
     assert regions.shape == (3, 1, height, width) and (regions[:, :, height//2:] == 1).all()
     assert (regions >= boxes).all() and (regions[0] >= regions[1]).all() and (regions[0] > regions[1]).any()
+    assert torch.equal(regions[1], regions[2])                          # the smaller boxes lie within the lower half
     masks = softened(regions, max(1, round(.03*height)))
     assert (masks[regions > 0] > 1 - 1e-5).all() and masks.max() <= 1 and masks[:, :, :height//3].max() == 0
     falling = masks[0, 0, :height//2, width//2].diff()
@@ -385,6 +399,22 @@ def test_what_losses_read(options):
     assert net.alignment.g_a[0].weight.grad.abs().max() > 0
 
 
+def test_the_attribute_loss_starts_calmly_and_looks_at_the_pictures():
+    torch.manual_seed(0); net, batch = G4G(**SMALL), known(2, 2)
+    AttributeLoss(net)(net(batch), batch).backward()
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    assert torch.stack([g.norm() for g in grads]).norm() < 10 and net.alignment.norm.to_style.weight.grad.norm() > 0
+    with torch.no_grad():
+        net(batch); before = net.inner['aligned']; net(dataclasses.replace(batch, stills=torch.rand_like(batch.stills)))
+        assert (net.inner['aligned'] - before).norm() > .05*before.norm()
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_landmarks_that_are_not_known_are_named(bad):
+    points = torch.rand(3, 68, 2)*90; points[1, 4] = bad
+    with pytest.raises(InputError, match=r'landmarks \[1\] of 3 are not finite'): landmark_sketch(points, 96)
+
+
 def test_without_alignment_the_losses_say_what_is_missing():
     net, batch = G4G(**SMALL, align=False), known(2)
     drawn = net(batch)
@@ -421,3 +451,8 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ParamsError, match='expected 1 to 3'): G4G(**SMALL, masks=4)
     with pytest.raises(ParamsError, match='published'): G4G(**SMALL, adaat='fast')
     with pytest.raises(ParamsError, match='must be even'): G4G(**{**SMALL, 'size': 97})
+
+
+def test_dinet_says_which_sounds_it_hears():
+    net = DINet(width=.0625, size=48, scale=.25, audio_channels=29, audio_steps=5)
+    with pytest.raises(InputError, match='5 steps by 29 channels a frame, got 10 by 768'): net.audio_encoder(torch.zeros(1, 768, 10))

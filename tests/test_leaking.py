@@ -160,6 +160,11 @@ def test_all_trainings_are_measured_and_rows_not_run_left_out(clips, tmp_path):
         pd.testing.assert_frame_equal(table, again)
     assert list(row_folders(tmp_path/'generated'/'row')) == [0, 1, 2] and row_folders(tmp_path/'generated'/'lacks') == {}
     assert set(drawn['method']) == {'row'} and set(drawn['seed']) == {0, 1, 2} and set(own['policy']) == {'own'}
+    stored(tmp_path/'others'/'rival', clips); asked = []
+    told = lambda folder, *others: asked.append(folder) or load(folder, *others)
+    drawn, own = evaluate_leak(['row', 'rival'], tmp_path/'generators', tmp_path/'generated', clips, opening, tmp_path/'silencers', load=told, others=tmp_path/'others')
+    assert asked[-1] == tmp_path/'silencers'/'rival' and {'row', 'rival'} == set(drawn['method']) == set(own['method'])
+    with pytest.raises(InputError, match='rival'): evaluate_leak(['rival'], tmp_path/'generators', tmp_path/'generated', clips, opening, load=load)
     (tmp_path/'generated'/'row'/'seed-2'/'a.safetensors').unlink()
     with pytest.raises(InputError, match='no faces of a'): evaluate_leak(['row'], tmp_path/'generators', tmp_path/'generated', clips, opening, load=load)
 

@@ -517,9 +517,19 @@ def test_contrastive_refuses_batches():
     with pytest.raises(InputError, match='evaluation mode'): sees(batch.target, batch)
 
 
-def test_a_generator_without_embed_sounds_has_the_batch_alone():
-    toy, batch = Toy(), make_batch(); toy(batch.target, batch); kept = SimpleNamespace(inner=toy.inner)
-    torch.testing.assert_close(ContrastiveLoss(kept, clips=store())(batch.target, batch), ContrastiveLoss(toy)(batch.target, batch))
+def test_a_generator_without_embed_sounds_is_refused_further_sounds():
+    toy = Toy(); kept = SimpleNamespace(inner=toy.inner)
+    with pytest.raises(ParamsError, match='set negatives: 0'): ContrastiveLoss(kept, clips=store())
+    assert ContrastiveLoss(kept, clips=store(), negatives=0)._clips is None
+
+
+def test_partners_and_negatives_are_heard_in_one_call():
+    "A batch norm in the encoder must not tell them apart."
+    toy, batch, calls = Toy(), make_batch(), []; toy(batch.target, batch)
+    toy.norm = nn.BatchNorm1d(8).train()
+    def embed(mels): calls.append(len(mels)); return toy.norm(toy.heard(mels.flatten(1)))
+    toy.embed_sounds = embed; ContrastiveLoss(toy, clips=store(), negatives=4)(batch.target, batch)
+    assert calls == [2*5 + 2*4]
 
 
 # ---- over processes

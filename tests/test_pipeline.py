@@ -45,7 +45,10 @@ TABLES_A = tuple(f'stabilized_sync/table_{t}' for t in ('main', 'ablation', 'syn
 PAPER_B = tuple(f'av_expert/{f}' for f in ('fig_02', 'fig_03', 'fig_04', 'fig_04_rows', 'fig_same_expert', 'fig_validity', 'fig_validity_costs'))
 TABLES_B = tuple(f'av_expert/{t}' for t in ('table_01', 'table_02', 'table_04'))       # each with its pairs
 ALONE_B = ('av_expert/table_study', 'av_expert/fig_validity_table')                    # without
-FIGURES = (*PAPER_A, *PAPER_B, 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
+PAPER_C = tuple(f'g4g/{f}' for f in ('fig_01', 'fig_02_hd', 'fig_02_test', 'fig_03', 'fig_alignment', 'fig_deformation'))
+TABLES_C = tuple(f'g4g/{t}' for t in ('table_01', 'table_01_more', 'table_02', 'table_02_more'))
+ALONE_C = ('g4g/table_01_cost', 'g4g/table_study')
+FIGURES = (*PAPER_A, *PAPER_B, *PAPER_C, 'av_expert/fig_01', 'av_expert/fig_05', 'robustness_auc',
            'robustness_cosine', 'robustness_summary', 'experts_offsets', 'experts_visemes', 'experts_losses', 'av_expert/fig_05_metrics',
            'behaviour', 'behaviour_answers')
 
@@ -62,13 +65,27 @@ def test_claims_are_judged_for_every_expert(checkout):
 
 def test_tables_and_figures_are_there_with_their_numbers(checkout):
     made = {p.relative_to(checkout/'paper_figures'/'smoke').as_posix() for p in (checkout/'paper_figures'/'smoke').rglob('*') if p.is_file()}
-    expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more', 'experts', *TABLES_A, *TABLES_B, *ALONE_B) for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
-    tables = {f'{t}_pairs.csv' for t in (*TABLES_A, *TABLES_B)} | {'av_expert/fig_validity_reading.md', 'av_expert/fig_validity_differences.csv', 'claims.csv', 'claims.md', 'claims_experts.csv', 'claims_experts.md', 'claims_experts_aims.csv', 'av_expert/fig_01_stats.csv', 'baselines_order.csv'}
+    expected = {f'{t}.{s}' for t in ('baselines', 'baselines_more', 'experts', *TABLES_A, *TABLES_B, *ALONE_B, *TABLES_C, *ALONE_C) for s in ('csv', 'md', 'tex', 'pdf', 'png')} | {f'{f}.{s}' for f in FIGURES for s in ('csv', 'pdf', 'png')}
+    tables = {f'{t}_pairs.csv' for t in (*TABLES_A, *TABLES_B, *TABLES_C)} | {'av_expert/fig_validity_reading.md', 'av_expert/fig_validity_differences.csv', 'claims.csv', 'claims.md', 'claims_experts.csv', 'claims_experts.md', 'claims_experts_aims.csv', 'av_expert/fig_01_stats.csv', 'baselines_order.csv'}
     assert expected | tables | {'provenance.json'} <= made
     table = pd.read_csv(checkout/'paper_figures'/'smoke'/'baselines.csv')
     floors = {'ground_truth', 'reencoded', 'reencoded_35', 'reencoded_45', 'random_frame', 'static_frame', 'shuffled_audio'}
     assert floors | {'setup_a', 'final'} <= set(table['method'])
     assert set(table['set']) == {'test', 'words', 'hd'}
+
+
+def test_tables_of_paper_c_have_their_lines_on_both_sets(checkout):
+    "What was run has numbers, with its neighbours; what was not has the reported ones or a reason."
+    made = checkout/'paper_figures'/'smoke'/'g4g'; read = lambda name: pd.read_csv(made/f'{name}.csv')
+    first, second = (read(name).set_index(['set', 'method']) for name in ('table_01', 'table_02'))
+    for name in ('hd', 'test'):
+        lines = first.loc[name]; assert {'ground_truth', 'wav2lip', 'wav2lip_published', 'dinet', 'final', 'g4g', 'videoretalking', 'iplap'} <= set(lines.index)
+        assert np.isfinite(lines.loc[['wav2lip', 'dinet', 'final', 'g4g'], ['psnr', 'ssim', 'lse_d[corpus]']]).all(axis=None)
+        assert np.isfinite(second.loc[name].loc[['no_alignment', 'no_supervision', 'no_fusion', 'g4g'], 'psnr']).all()
+    assert {('g4g', 'dinet'), ('g4g', 'wav2lip')} <= set(read('table_01_pairs')[['method', 'other']].itertuples(index=False, name=None))
+    assert {'no_alignment', 'no_supervision', 'no_fusion'} <= set(read('table_02_pairs')['other'])
+    assert {'wav2lip', 'dinet', 'final', 'g4g'} <= set(read('table_01_cost')['method']) and read('table_study')['mos_sync_reported'].notna().any()
+    assert 'g4g' in set(read('fig_01')['network']) and {'heads', 'pictures'} == set(read('fig_alignment')['matrix'])
 
 
 def test_rows_hold_a_value_or_a_reason(checkout):
@@ -184,6 +201,9 @@ def test_the_command_line_scores_and_dubs(checkout, tmp_path):
                '--out', tmp_path/'out.mp4')
     from talkingface.data.video import probe
     assert probe(tmp_path/'out.mp4').frames == 29 and 'frames' in done.stdout
+    done = run(checkout, 'talkingface', 'generate', '--video', words/'words_0000_0.mp4', '--audio', words/'words_0001_0.flac', '--generator', runs/'generators'/'g4g',
+               '--out', tmp_path/'g4g.mp4')
+    assert probe(tmp_path/'g4g.mp4').frames == 29 and "'stills'" in done.stdout
 
 
 def test_an_expert_that_trained_never_scores(checkout):

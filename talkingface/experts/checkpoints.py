@@ -173,6 +173,7 @@ def _words(kind: Architecture, config: dict | None, prefix: str) -> str:
 
 # %% ../../nbs/03_experts/05_checkpoints.ipynb #ab37b6a9
 _WAV2LIP = 'no licence file; its authors allow personal, research and non-commercial use only (trained on LRS2)'
+_DINET = 'no licence file: all rights reserved by its authors'
 _AVHUBERT = 'AV-HuBERT License Agreement of Meta: non-commercial research only'
 _WAV2LIP_SOURCE = 'the README of github.com/Rudrabha/Wav2Lip'
 _SYNCNET_SOURCE = 'download_model.sh of github.com/joonson/syncnet_python'
@@ -221,6 +222,8 @@ KNOWN_FILES = (
     KnownFile('vgg19-dcbb9e9d.pth', 'metrics', 'features of IFC and of the perceptual loss', _TORCHVISION, 575,
               'download.pytorch.org/models'),
     KnownFile('wav2lip_gan.pth', 'generators', 'generator of Wav2Lip: row wav2lip_published', _WAV2LIP, 436, _WAV2LIP_SOURCE),
+    KnownFile('clip_training_DINet_256mouth.pth', 'generators', 'generator of DINet: load_dinet', _DINET, 77,
+              'the README of github.com/MRzzm/DINet'),
     KnownFile('VQFR_v1-33a1fac5.pth', 'restorers', 'VQFR v1', _FFHQ, 306, 'releases of github.com/TencentARC/VQFR'),
     KnownFile('VQFR_v2.pth', 'restorers', 'VQFR v2', _FFHQ, 334, 'releases of github.com/TencentARC/VQFR'),
     KnownFile('GFPGANv1.4.pth', 'restorers', 'GFPGAN, with the extra restore', _FFHQ, 349,

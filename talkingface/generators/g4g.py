@@ -29,6 +29,8 @@ def landmark_sketch(landmarks: Tensor,               # (N, 68, 2): x, y in px of
                    ) -> Tensor:                      # (N, 1, height, width) in [0, 1]
     "Landmarks of a face as a line drawing, antialiased."
     if landmarks.shape[1:] != (68, 2): raise InputError(f"expected landmarks (N, 68, 2), got {tuple(landmarks.shape)}")
+    if not (known := torch.isfinite(landmarks).flatten(1).all(1)).all():
+        raise InputError(f"landmarks {(~known).nonzero().flatten().tolist()} of {len(known)} are not finite; take frames with a face")
     height, width = (size, size) if isinstance(size, int) else size
     with torch.autocast(landmarks.device.type, enabled=False):
         first, last = landmarks.float()[:, [a for a, _ in _ENDS]], landmarks.float()[:, [b for _, b in _ENDS]]
@@ -92,19 +94,20 @@ class AdaIN(nn.Module):
 # %% ../../nbs/05_generators/08_g4g.ipynb #b6a0e9c1
 _HEAD = 128    # length of the vectors of both heads: 256 in all, as in DINet
 
+def _places(channels: int, size: int) -> list[nn.Module]: return [nn.AdaptiveAvgPool2d((4, 3)), nn.Flatten(), nn.Linear(12*channels, size)]
+
 class PictureHead(nn.Sequential):
     "A map to a vector that knows places."
     def __init__(self, channels: int, hidden: bool = True):
         further = [nn.ReLU(), nn.Linear(_HEAD, _HEAD)]*hidden
-        super().__init__(Down(channels, channels), nn.AdaptiveAvgPool2d((4, 3)), nn.Flatten(),
-                         nn.Linear(12*channels, _HEAD), *further)
+        super().__init__(Down(channels, channels), *_places(channels, _HEAD), *further)
 
 class Alignment(nn.Module):
     "Source, stills, landmarks and sound to the two vectors that say how features move (equations 5-7)."
     def __init__(self, channels: int, sound: int):   # of the maps; length of the sound's vector
         super().__init__()
         self.fuse, self.norm = nn.Conv2d(2*channels, channels, 1), AdaIN(channels, channels)
-        self.blocks = _residuals(channels, 4)
+        self.blocks, self.attributes = _residuals(channels, 4), nn.Sequential(*_places(channels, channels))
         self.g_v, self.g_a = PictureHead(channels), nn.Sequential(nn.Linear(sound, _HEAD), nn.ReLU(), nn.Linear(_HEAD, _HEAD))
 
     def forward(self, source: Tensor, stills: Tensor, landmarks: Tensor,   # i_s, i_r, and the map of l_r: (N, C, h, w)
@@ -113,7 +116,7 @@ class Alignment(nn.Module):
         fused, attributes = self.fuse(torch.cat([source, stills], 1)), landmarks.mean((2, 3))
         aligned = self.blocks(self.norm(fused, attributes))
         visual, audio = self.g_v(aligned), self.g_a(sound)
-        inner = dict(fused=fused.mean((2, 3)), aligned=aligned.mean((2, 3)), landmarks=attributes,
+        inner = dict(fused=fused.mean((2, 3)), aligned=self.attributes(aligned), landmarks=attributes,
                      visual=unit_length(visual.float()), audio=unit_length(audio.float()))
         return visual, audio, inner
 
@@ -177,7 +180,7 @@ class BlendNet(nn.Module):
 # %% ../../nbs/05_generators/08_g4g.ipynb #0ca59c88
 class G4G(Generator):
     "The generator of G4G, with the switches of its ablation."
-    needs, stills = ('masked', 'stills', 'still_landmarks', 'mel'), 5
+    needs, stills, region = ('masked', 'stills', 'still_landmarks', 'mel'), 5, (0, .37, 1, 1)    # above it the mask is 0
     def __init__(self, size: int = 416,             # face size, px
                  scale: float = 1.,                 # of the crop 416 x 320 that it works on
                  width: float = 1.,                 # multiplies the channel counts

@@ -340,7 +340,10 @@ class ContrastiveLoss(ExpertLoss):
         self._generator, self._clips, self.heads = (generator,), clips if negatives else None, heads
         self.negatives, self.min_offset = negatives, min_offset
         self.learnable = Temperature(temperature, tuple(bounds), heads + (expert is not None))
-        self.needs = (() if expert is None else ('mel_window',)) + (() if self._clips is None else ('clip', 'start'))
+        self.needs = (() if expert is None else ('mel_window',)) + (() if self._clips is None else ('clip', 'start') + ('mel',)*heads)
+        if heads and self._clips is not None and getattr(generator, 'embed_sounds', None) is None:
+            raise ParamsError(f"{self.name}: {type(generator).__name__} has no embed_sounds, so its heads cannot hear sounds of the same clip; "
+                              "set negatives: 0")
 
     def __call__(self, output: Tensor, batch) -> Tensor:
         if lacking := [n for n in self.needs if getattr(batch, n, None) is None]:
@@ -352,8 +355,10 @@ class ContrastiveLoss(ExpertLoss):
     def of_heads(self, output: Tensor, batch, temperature: Tensor) -> Tensor:
         "Vectors of the generator's own heads, one for each frame."
         visual, audio = inner_features(*self._generator, output, ('visual', 'audio'), self.name)
-        embed = getattr(*self._generator, 'embed_sounds', None)
-        return self._aligned(visual, audio, output, batch, embed, frame_mels, temperature)
+        if self._clips is None: return self._aligned(visual, audio, output, batch, None, frame_mels, temperature)
+        own = batch.mel.flatten(0, 1)                    # heard again beside the others: batch norms must not tell partners from negatives
+        def hear(mels): together = self._generator[0].embed_sounds(torch.cat([own, mels])); return together[:len(own)], together[len(own):]
+        return self._aligned(visual, None, output, batch, hear, frame_mels, temperature)
 
     def of_expert(self, output: Tensor, batch, temperature: Tensor) -> Tensor:
         "Vectors of the frozen expert: of every five generated frames, and of their sounds."
@@ -367,16 +372,17 @@ class ContrastiveLoss(ExpertLoss):
             if visual.shape != audio.shape:
                 raise InputError(f"{self.name}: {output.shape[1]} frames have {visual.shape[1]} positions, the mel_window has "
                                  f"{audio.shape[1]}; give int(80 (T-5)/25) + 16 columns for T frames")
-            hear = torch.no_grad()(lambda mels: expert.embed_audio(mels)[:, 0])
-            return self._aligned(visual.flatten(0, 1), audio.flatten(0, 1), output, batch, hear, mel_windows, temperature)
+            audio = audio.flatten(0, 1); hear = torch.no_grad()(lambda mels: (audio, expert.embed_audio(mels)[:, 0]))
+            return self._aligned(visual.flatten(0, 1), audio, output, batch, hear, mel_windows, temperature)
 
-    def _aligned(self, visual: Tensor, audio: Tensor, output: Tensor, batch, embed, windows, temperature: Tensor) -> Tensor:
+    def _aligned(self, visual: Tensor, audio: Tensor | None,   # None: `hear` gives the partners too
+                 output: Tensor, batch, hear,                  # sounds (K, 80, 16) -> vectors of the partners, and of these
+                 windows, temperature: Tensor) -> Tensor:
         "The diagonal loss of the rows of all processes, with further sounds."
         positions, device = len(visual)//len(output), output.device
-        where = columns = gathered(moments(batch, len(output), positions, device))
-        visual, audio = gathered(unit_length(visual)), gathered(unit_length(audio))
-        if self._clips is not None and embed is not None:
+        where = columns = gathered(moments(batch, len(output), positions, device)); more = None
+        if self._clips is not None and hear is not None:
             mels, elsewhere = further_sounds(self._clips, batch, positions, self.negatives, self.min_offset, windows)
-            more = unit_length(embed(mels.to(device, audio.dtype)))
-            audio, columns = torch.cat([audio, gathered(more)]), torch.cat([columns, gathered(elsewhere.to(device))])
-        return diagonal_loss(visual, audio, temperature, near_pairs(where, columns, self.min_offset))
+            audio, more = hear(mels.to(device, visual.dtype)); columns = torch.cat([columns, gathered(elsewhere.to(device))])
+        sounds = [gathered(unit_length(a)) for a in (audio, more) if a is not None]
+        return diagonal_loss(gathered(unit_length(visual)), torch.cat(sounds), temperature, near_pairs(where, columns, self.min_offset))

@@ -198,7 +198,11 @@ def _lpips(case, name):
     keep = net.features.blocks[-1].register_forward_hook(lambda block, given, maps: pooled.append(maps.mean((2, 3)).float().cpu().numpy()))
     try: values = case.pairs(partial(lpips_frames, net))                # other metrics want the vectors that pass by
     finally: keep.remove()
-    for side, parts in ((case.made, pooled[::2]), (case.truth, pooled[1::2])): side.once(('rows', id(rows)), lambda: np.concatenate(parts))
+    for side, parts in ((case.made, pooled[::2]), (case.truth, pooled[1::2])):
+        if (n := sum(map(len, parts))) != len(side.faces):
+            raise RuntimeError(f"LPIPS on the corpus passed {n} feature vectors for {len(side.faces)} frames: "
+                               "expected generated and true frames by turns, each once")
+        side.once(('rows', id(rows)), lambda: np.concatenate(parts))
     return values
 
 def _ifc_feat(case, name):
