@@ -36,6 +36,7 @@ data: $(VENV)/.stamp data.dvc
 
 # medium and bench build a larger corpus, which needs espeak-ng
 repro: data $(if $(filter medium bench,$(PROFILE)),$(VENV)/.stamp-corpus)  ## the main job: corpus, training, evaluation, every table and figure of the profile
+	@mkdir -p paper_figures/studies
 	$(BIN)/python -m talkingface repro $(if $(PROFILE),--profile $(PROFILE)) $(if $(JOBS),--jobs $(JOBS))
 
 test: data $(VENV)/.stamp-corpus  ## every test: notebooks, parity with goldens, properties, the whole pipeline at smoke size

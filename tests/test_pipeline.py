@@ -33,6 +33,7 @@ def checkout(root, tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp('pipeline')/'checkout'
     shutil.copytree(root, copy, ignore=shutil.ignore_patterns('.venv', '.git', 'runs', 'cache', 'tmp', '_docs', '_docs_src', 'dvcstore', '__pycache__', '*.egg-info',
                                                                'paper_figures', '.pytest_cache', 'dvc.lock'))
+    shutil.copytree(root/'paper_figures'/'studies', copy/'paper_figures'/'studies')          # ratings are an input
     subprocess.run(['git', 'init', '-q', str(copy)], check=True)
     log = run(copy, 'talkingface', 'repro', '--profile', 'smoke')
     (copy/'log.txt').write_text(log.stdout)
