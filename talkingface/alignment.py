@@ -28,11 +28,11 @@ def spread_windows(clips,             # `ClipStore` or list of clips
                    per_clip: int = 4, # windows of each
                    distance: int = 10 # frames between starts, at least
                   ) -> list[tuple[int, int]]:   # number of the clip, first frame
-    "Windows of five frames with a face in each, evenly spread over the clips; a clip with room for fewer gives fewer."
+    "Windows of five frames with a face in each, evenly spread over the clips without their ends, which are silent; a short clip gives fewer."
     found = []
     for i in range(len(clips)):
         starts = valid_starts(clips[i]); kept = []
-        for s in starts[np.linspace(0, len(starts) - 1, per_clip).round().astype(int)] if len(starts) else ():
+        for s in starts[np.linspace(0, len(starts) - 1, per_clip + 2)[1:-1].round().astype(int)] if len(starts) else ():
             if not kept or s - kept[-1] >= distance: kept.append(int(s))
         found += [(i, s) for s in kept]
     if len(found) < 2: raise InputError(f"{len(clips)} clips give {len(found)} windows; a matrix takes at least 2")
@@ -100,11 +100,12 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
                      clips: list[int],  # clip of each window
                      title: str = '', notes: str = '',
                      seed: int = 0) -> tuple:   # figure, DataFrame of `diagonal_measures` and of `diagonal_rise` against the state before
-    "Similarity matrices side by side; lines part the clips."
+    "Similarity matrices side by side; lines part the clips, if they are few."
     import pandas as pd
-    kinds = [k for k in MATRIX_TITLES if any(k in m for m in states.values())]; rows = []; edges = np.flatnonzero(np.diff(clips)) + .5
+    kinds = [k for k in MATRIX_TITLES if any(k in m for m in states.values())]; rows = []
+    edges = np.flatnonzero(np.diff(clips)) + .5 if len(set(clips)) <= 8 else ()                 # of many clips lines would hide the rest
     with plotting() as plt:
-        fig, axes = plt.subplots(len(kinds), len(states), figsize=(2.6*len(states) + 1, 2.85*len(kinds) + .5), squeeze=False, layout='constrained'); plt.close(fig)
+        fig, axes = plt.subplots(len(kinds), len(states), figsize=(2.6*len(states) + 1, 2.95*len(kinds) + .5), squeeze=False, layout='constrained'); plt.close(fig)
         for y, kind in enumerate(kinds):
             reach = max(np.abs(m[kind]).max() for m in states.values() if kind in m)
             for x, (name, matrices) in enumerate(states.items()):
@@ -115,8 +116,8 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
                 for e in edges: ax.axhline(e, color=QUIET_INK, lw=.4); ax.axvline(e, color=QUIET_INK, lw=.4)
                 ax.set_xticks([]); ax.set_yticks([]); ax.grid(False); ax.set_xlabel('sounds', fontsize=7)
                 if not x: ax.set_ylabel(f'{MATRIX_TITLES[kind]}\npictures', fontsize=7.5)
-                ax.set_title(f"{name}\nown sound first: {told['found']:.0%}, in its clip {told['found_inside']:.0%}\nlead over the others {told['gap']:.2f}"
-                             + (f', {risen[0]:+.3f} [{risen[1]:.3f}, {risen[2]:.3f}]' if x else ''), fontsize=7)
+                ax.set_title(f"{name}\nown sound first: {told['found']:.0%}, in its clip {told['found_inside']:.0%}\nlead over the others {told['gap']:.3f}"
+                             + (f'\nrise {risen[0]:+.3f} [{risen[1]:.3f}, {risen[2]:.3f}]' if x else ''), fontsize=6.5)
             fig.colorbar(image, ax=axes[y].tolist(), shrink=.7, label='cosine')
         first = rows[0]
         small_print(fig, [f"{first['n']} windows of {len(set(clips))} clips that no generator met; by chance {first['chance']:.0%} and, in its clip, {first['chance_inside']:.0%}. "
