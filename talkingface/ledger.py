@@ -602,7 +602,6 @@ class LedgerClaim:
     table: tuple[str, str] | None = None   # (paper, table) of published.csv that has the rows of the parts
     reported: str = ''             # numbers as told; '': those of the parts
     note: str = ''                 # what has to be known whatever the verdict
-    pending: str = ''              # why there may be nothing to judge yet; told where nothing of it was run
     explained_by: tuple[str, str] | None = None   # (text, file in the folder of results): shown where it is not reproduced
     experiments: tuple = ()        # (text, rule) of rows that may explain it: told unless it is reproduced
 
@@ -768,7 +767,7 @@ CLAIMS_A = (
 
 # %% ../nbs/11_ledger.ipynb #da1aa838
 _TABLE_4, _SIX = ('av_expert', 'table_04'), ('lmd', 'lse_c', 'lse_d', 'avs_u', 'avs_m', 'avs_v')
-_B, _AVS = dict(pending='The rows of paper B are not trained yet'), ('avs_u', 'avs_m', 'avs_v')
+_AVS = ('avs_u', 'avs_m', 'avs_v')
 _SAME = ('how far each row raises the score of the AV-HuBERT that trained it, and how far that of another', 'av_expert/fig_same_expert.png')
 _VALIDITY = ('how every metric follows the exact lip error, and its false alarms', 'av_expert/fig_validity.png')
 
@@ -791,22 +790,21 @@ CLAIMS_B = (
         parts=(Part('less', Bears('avs_u', 'lse_c')), Part('flat', Bears('avs_u'))),
         note='Landmarks are those of the clip before the shift, so that the mouth is shifted for both'),
     LedgerClaim('B5', 'B', 'The loss between speech and lips is better than that between generated and true lips',
-        where='table 4', table=_TABLE_4, explained_by=_SAME, parts=rows_of(*_SIX, method='unsupervised', other='visual_visual'), **_B),
+        where='table 4', table=_TABLE_4, explained_by=_SAME, parts=rows_of(*_SIX, method='unsupervised', other='visual_visual')),
     LedgerClaim('B6', 'B', 'The loss between speech and lips is better than that between joint passes (multimodal)',
-        where='table 4', table=_TABLE_4, explained_by=_SAME, parts=rows_of(*_SIX, method='unsupervised', other='multimodal'), **_B),
+        where='table 4', table=_TABLE_4, explained_by=_SAME, parts=rows_of(*_SIX, method='unsupervised', other='multimodal')),
     LedgerClaim('B7', 'B', 'AV-HuBERT as loss gives better sync than SyncNet as loss',
-        where='table 4', table=_TABLE_4, explained_by=_SAME, parts=rows_of(*_SIX, method='unsupervised', other='setup_a'), **_B,
+        where='table 4', table=_TABLE_4, explained_by=_SAME, parts=rows_of(*_SIX, method='unsupervised', other='setup_a'),
         note='Judges take sides by their kind: LSE is read by a network like the SyncNet that trained the baseline, AVS by one like the AV-HuBERT that '
         'trained the other row. AVS_m has little room here: it is near 1 for every row'),
     LedgerClaim('B8', 'B', 'AV-HuBERT as loss gives better pictures than SyncNet as loss',
         where='tables 1 and 2', reported=_UNFOUND,
-        parts=rows_of('ssim', 'psnr', 'fid', method='unsupervised', other='setup_a'), **_B),
+        parts=rows_of('ssim', 'psnr', 'fid', method='unsupervised', other='setup_a')),
     LedgerClaim('B9', 'B', 'On HDTF its LSE-C is below that of Wav2Lip, although raters prefer its sync',
         where='tables 2 and 3', reported=f"{_moved('av_expert', 'table_02', 'wav2lip', 'ours', 'HDTF', lse_c='LSE-C')}; "
         f"{_moved('av_expert', 'table_03', 'wav2lip', 'ours', 'HDTF', mos_sync='rating of sync')}",
         parts=(*rows_of('lse_c', method='unsupervised', other='wav2lip', where='hd', up=False, floor='shuffled_audio'),
-               Part('raters', Rated('av_expert', 'unsupervised', 'wav2lip'))),
-        **_B),
+               Part('raters', Rated('av_expert', 'unsupervised', 'wav2lip')))),
     LedgerClaim('B10', 'B', 'AVS metrics agree better with judgement than LSE and LMD do', where='text, user study',
         reported='no numbers found', explained_by=_VALIDITY,
         parts=(*(Part(f'{a}_{o}', Follows(a, o), o != 'lmd') for a in _AVS for o in ('lse_c', 'lmd')),
@@ -821,7 +819,6 @@ CLAIMS_B = (
 
 # %% ../nbs/11_ledger.ipynb #f9c6786b
 _TABLE_1, _TABLE_2 = ('g4g', 'table_01'), ('g4g', 'table_02'); _COLUMNS = ('psnr', 'ssim', 'lpips', 'mse', 'lse_d', 'lse_c')
-_C = dict(pending='The rows of paper C are not trained yet')
 _NO_CONTRAST = ('The row without alignment also lacks the whole contrastive loss, as in the ablation of the paper: LSE differs by the '
                 'supervision of sync, too')
 
@@ -831,39 +828,39 @@ def _on_both(*metrics, others=('wav2lip', 'dinet')) -> tuple:
          for part in rows_of(*metrics, method='g4g', other=other, where=where, prefix=f'{where}_{other}_'))
 
 CLAIMS_C = (
-    LedgerClaim('C1', 'C', 'G4G has the highest PSNR', where='text, table 1', table=_TABLE_1, parts=_on_both('psnr'), **_C,
+    LedgerClaim('C1', 'C', 'G4G has the highest PSNR', where='text, table 1', table=_TABLE_1, parts=_on_both('psnr'),
         note="Contradicted by the paper's own table: on HDTF 27.556 against 27.9359 of Wav2Lip and 27.9556 of IPLAP, on LRS2 "
         '27.0606 against 28.4655 of Wav2Lip'),
     LedgerClaim('C2', 'C', 'Its SSIM is 7.32 % (HDTF) and 10.28 % (LRS2) above that of Wav2Lip',
-        where='text, table 1', table=_TABLE_1, parts=_on_both('ssim', others=('wav2lip',)), **_C,
+        where='text, table 1', table=_TABLE_1, parts=_on_both('ssim', others=('wav2lip',)),
         note="Contradicted by the paper's own table: 0.9083/0.8935 is 1.7 % more, 0.9101/0.8928 1.9 %. Here any gain will "
         'do, and what counts as reported is the table'),
-    LedgerClaim('C3', 'C', 'It has the lowest LPIPS', where='table 1', table=_TABLE_1, parts=_on_both('lpips'), **_C),
+    LedgerClaim('C3', 'C', 'It has the lowest LPIPS', where='table 1', table=_TABLE_1, parts=_on_both('lpips')),
     LedgerClaim('C4', 'C', 'Its lip sync is better than that of earlier methods', where='text, table 1', table=_TABLE_1,
-        parts=_on_both('lse_c', 'lse_d'), **_C,
+        parts=_on_both('lse_c', 'lse_d'),
         note="Contradicted by the paper's own table: on HDTF LSE-C 7.3381 and LSE-D 7.892 against 8.3739 and 7.0138 of "
         'Wav2Lip, 7.5827 and 7.2773 of VideoRetalking; on LRS2 6.5064 and 8.5688 are behind DINet, too (6.6632 and 8.1542)'),
     LedgerClaim('C5', 'C', 'The diagonal alignment improves pictures and sync, LSE-C by 19.5 %',
-        where='text, table 2', table=_TABLE_2, parts=rows_of(*_COLUMNS, method='g4g', other='no_alignment', where='hd'), **_C,
+        where='text, table 2', table=_TABLE_2, parts=rows_of(*_COLUMNS, method='g4g', other='no_alignment', where='hd'),
         note='The table agrees in all six columns, but 7.3381/7.0682 is 3.8 % more, not 19.5 %; and its row without alignment '
         'nearly repeats the row of DINet in table 1. Here any gain will do, and what counts as reported is the table. ' + _NO_CONTRAST),
     LedgerClaim('C6', 'C', 'Supervision by masks of several scales improves pictures and sync',
-        where='text, table 2', table=_TABLE_2, parts=rows_of(*_COLUMNS, method='g4g', other='no_supervision', where='hd'), **_C,
+        where='text, table 2', table=_TABLE_2, parts=rows_of(*_COLUMNS, method='g4g', other='no_supervision', where='hd'),
         note="Contradicted by the paper's own table: all six columns are better without it (PSNR 27.6478 against 27.556, SSIM "
         '0.916 against 0.9083, LPIPS 0.0783 against 0.0904, MSE 0.0019 against 0.002, LSE-D 7.7244 against 7.892, LSE-C 7.4636 '
         'against 7.3381). Our row without it starts from the same warm-up, which has three masks, and differs in the training '
         'after it alone; with the lower half hidden anyway, the smaller boxes hide nothing more: occlusion has two sizes, the loss three'),
     LedgerClaim('C7', 'C', 'The fusion network at the end improves pictures and sync', where='text, table 2', table=_TABLE_2,
-        parts=rows_of(*_COLUMNS, method='g4g', other='no_fusion', where='hd'), **_C),
+        parts=rows_of(*_COLUMNS, method='g4g', other='no_fusion', where='hd')),
     LedgerClaim('C8', 'C', 'Raters put it above the next best: 8.6 % in visual quality, 8.9 % in sync, 17.9 % in realness',
         where='table 3', reported='; '.join((_moved('g4g', 'table_03', 'videoretalking', 'ours', 'HDTF+LRS2', mos_visual='visual'),
                              _moved('g4g', 'table_03', 'iplap', 'ours', 'HDTF+LRS2', mos_sync='sync', mos_real='realness'))),
         parts=tuple(Part(f'{other}_{scale}', Rated('g4g', 'g4g', other, scale, ('hd', 'test')))
                     for other in ('wav2lip', 'dinet') for scale in SCALES),
-        note='The table agrees: 3.41/3.14, 4.26/3.91, 4.34/3.68', **_C),
+        note='The table agrees: 3.41/3.14, 4.26/3.91, 4.34/3.68'),
     LedgerClaim('C9', 'C', 'The diagonal alignment improves LSE on LRS2 as well',
         where='text', reported='numbers of the text, in no table',
-        parts=rows_of('lse_c', 'lse_d', method='g4g', other='no_alignment'), note=_NO_CONTRAST, **_C),
+        parts=rows_of('lse_c', 'lse_d', method='g4g', other='no_alignment'), note=_NO_CONTRAST),
 )
 
 LEDGER = CLAIMS_A + CLAIMS_B + CLAIMS_C
@@ -993,7 +990,7 @@ def _reasons(claim: LedgerClaim, found: dict, verdict: str, evidence: Evidence, 
         why = '; '.join(f"{v}: {', '.join(n)}" for v, n in names.items() if n)
         k = min((f.seeds for f in own.values() if f.verdict != 'not_run' and f.seeds), default=0)     # ratings have none
         if 0 < k < FEWEST_SEEDS and not any(isinstance(p.rule, (Expert, Bears)) for p in deciding): why = f'{_trainings(k)}; {why}'
-    whys = [why, claim.pending if all(f.verdict == 'not_run' for f in own.values()) else '', _filled(claim.note, known)]
+    whys = [why, _filled(claim.note, known)]
     if verdict in ('not_reproduced', 'inconclusive'): whys.append(_tried(claim, evidence))
     if verdict == 'not_reproduced':
         whys.append('See {} (`{}`)'.format(*claim.explained_by) if claim.explained_by else 'What explains it: no experiment beyond the tables')
