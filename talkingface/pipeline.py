@@ -6,7 +6,7 @@
 __all__ = ['KEPT_MEMORY', 'NOISE', 'CorpusParams', 'PrepareParams', 'GenerateParams', 'EvaluateParams', 'FigureParams',
            'StudyParams', 'Profile', 'Params', 'read_params', 'params_block', 'select_profiles', 'stage_parameters',
            'check_parameters', 'StageError', 'run_stage', 'stage_graph', 'affected', 'most_awaited', 'upstream',
-           'repro', 'stage_times', 'busy_seconds']
+           'run_dvc', 'repro', 'stage_times', 'busy_seconds']
 
 # %% ../nbs/10_pipeline.ipynb #047828dd
 import calendar
@@ -281,12 +281,28 @@ def upstream(graph: dict[str, set], stages: list[str] | None) -> set[str]:
     return chosen
 
 # %% ../nbs/10_pipeline.ipynb #2a310c46
+def run_dvc(arguments: list[str]) -> int:    # exit status
+    "DVC's command line, reading its own lock file with its quick parser."
+    from dvc import dvcfile
+    from dvc.cli import main
+    from dvc.utils.serialize import parse_yaml
+    from dvc.utils.serialize._common import _modify_data
+    from dvc.utils.serialize._yaml import _dump
+    keeping = dvcfile.modify_yaml
+    @contextlib.contextmanager
+    def modify_yaml(path, fs=None):
+        with _modify_data(path, parse_yaml, _dump, fs=fs) if Path(path).name == 'dvc.lock' else keeping(path, fs=fs) as data: yield data
+    dvcfile.modify_yaml = modify_yaml
+    return main(arguments)
+
+# %% ../nbs/10_pipeline.ipynb #eb49f0ef
 NOISE = re.compile(r'IPKernelApp|Kernel is running over TCP|frozen_modules|^\s*$|[Tt]o track the changes with git|git add|enable auto staging'
                    r'|dvc config core.autostage|Use `dvc push`')
 
 def _run_one(root: Path, name: str, width: int, environment: dict) -> None:
     "Let DVC run one stage, its output shown line by line with the stage's name before it."
-    command = [sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', '--single-item', name]
+    quick = 'import sys; from talkingface.pipeline import run_dvc; sys.exit(run_dvc(sys.argv[1:]))'
+    command = [sys.executable, '-c', quick, '--wait-for-lock', 'repro', '--single-item', name]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"        # dvc.yaml says `python`: it must be this one
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace',
                                env={**os.environ, **environment, 'PATH': path})
