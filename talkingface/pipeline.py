@@ -281,18 +281,32 @@ def upstream(graph: dict[str, set], stages: list[str] | None) -> set[str]:
     return chosen
 
 # %% ../nbs/10_pipeline.ipynb #2a310c46
+def _with_entry(text: str, entry: str) -> str:
+    "The text of a lock file with a stage's `entry` in place of the one of that name, or at the end."
+    before, found, after = text.partition('\n' + entry[:entry.index('\n') + 1])
+    if not found: return text + entry
+    following = re.search(r'^ {0,2}\S', after, re.M)
+    return before + '\n' + entry + (after[following.start():] if following else '')
+
+def _unshared(value):
+    "A copy of nested dicts and lists, none of which occurs twice."
+    if isinstance(value, dict): return {k: _unshared(v) for k, v in value.items()}
+    return [_unshared(v) for v in value] if isinstance(value, list) else value
+
 def run_dvc(arguments: list[str]) -> int:    # exit status
-    "DVC's command line, reading its own lock file with its quick parser."
-    from dvc import dvcfile
+    "DVC's command line, writing one entry of its lock file instead of all."
     from dvc.cli import main
-    from dvc.utils.serialize import parse_yaml
-    from dvc.utils.serialize._common import _modify_data
-    from dvc.utils.serialize._yaml import _dump
-    keeping = dvcfile.modify_yaml
-    @contextlib.contextmanager
-    def modify_yaml(path, fs=None):
-        with _modify_data(path, parse_yaml, _dump, fs=fs) if Path(path).name == 'dvc.lock' else keeping(path, fs=fs) as data: yield data
-    dvcfile.modify_yaml = modify_yaml
+    from dvc.dvcfile import Lockfile
+    from dvc.stage.serialize import to_lockfile
+    from dvc.utils.serialize import dumps_yaml
+    whole = Lockfile.dump_stages
+    def dump_stages(self, stages, **options):
+        path = Path(self.path); text = path.read_text(encoding='utf-8') if path.is_file() else ''
+        if re.findall(r'^\S+:', text, re.M)[-1:] != ['stages:']: return whole(self, stages, **options)
+        for stage in stages: text = _with_entry(text, dumps_yaml({'stages': _unshared(to_lockfile(stage, **options))}).split('\n', 1)[1])
+        with atomic_path(path) as part: part.write_text(text, encoding='utf-8')
+        self.repo.scm_context.track_file(self.relpath)
+    Lockfile.dump_stages = dump_stages
     return main(arguments)
 
 # %% ../nbs/10_pipeline.ipynb #eb49f0ef
