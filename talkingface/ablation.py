@@ -350,6 +350,8 @@ def ablation_notes(table, labels=None) -> list[str]:
         notes.append(f'{metric_label(LEAK)}: coefficient of the reference where one is drawn anew for every frame; the same question of every row.')
     if 'fid_corpus' in columns and 'fid_corpus_reported' in table:
         notes.append('FID is reported on features of Inception and measured on features trained on the corpus.')
+    if 'lpips_corpus' in columns and 'lpips_corpus_reported' in table:
+        notes.append('LPIPS is reported by a network trained on photographs and measured by one trained on the corpus.')
     values = lambda c: ', '.join(f'{method_label(m, labels)} {v:g}' for m, v in zip(table['method'], table[c]) if v == v)
     loose = [c for c in table if c.endswith('_reported') and c[:-9] not in columns]
     if loose: notes.append('Reported, but in no column, since no measure here is known to be the same: '
@@ -506,7 +508,7 @@ def weights_note(generators: str | Path,   # folder of trained generators
     more = {n: [f'{k} {v}' for k, v in o.items() if own.get(n, {}).get(k) != v] for n, o in row['options'].items()}
     options = '; '.join(f"{n} with {several(o)}" for n, o in more.items() if o)
     if not weights + options: return ''
-    return f"Weights of {label}'s losses as printed" + f' but for {weights}'*bool(weights) + f'; {options}'*bool(options) + '.'
+    return f"Weights of {label}'s losses as printed" + f' but for {weights}'*bool(weights) + f'; settings of ours: {options}'*bool(options) + '.'
 
 def _small(table) -> list[str]:
     "Metrics of very small numbers, unless they may have either sign or stand beside published ones."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATRIX_TITLES', 'spread_windows', 'window_batch', 'alignment_matrices', 'diagonal_measures', 'diagonal_rise',
-           'alignment_figure', 'held_still', 'channel_groups', 'deformation_figure']
+           'alignment_figure', 'diagonal_words', 'held_still', 'channel_groups', 'deformation_figure']
 
 # %% ../nbs/11_alignment.ipynb #8513e0d0
 from contextlib import contextmanager
@@ -124,6 +124,20 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
                           'In brackets: 95 % interval, over clips, of the rise of that lead against the state to the left.',
                           *([notes] if notes else [])], title)
     return fig, pd.DataFrame(rows)
+
+# %% ../nbs/11_alignment.ipynb #ccc5b10a
+def diagonal_words(data) -> str:   # of the DataFrame that `alignment_figure` gives
+    "How the lead of the own sound rises from state to state, of generated lips and of the heads."
+    lips, heads = (data[data['matrix'] == kind].reset_index(drop=True) for kind in ('pictures', 'heads'))
+    shown = lambda value, form: format(value, form).replace('-', '−')
+    steps = [f"{shown(r.gap, '.3f')} {r.state[:1].lower()}{r.state[1:]}" + (f" (rise {shown(r.rise, '+.3f')} [{shown(r.rise_low, '+.3f')}, {shown(r.rise_high, '+.3f')}])" if r.rise == r.rise else '')
+             for r in lips.itertuples()]
+    text = f"A frozen expert finds in generated lips that the own sound leads the others by {', '.join(steps)}; the warm-up has no contrastive loss."
+    if not len(heads): return text
+    last, rises = heads.iloc[-1], (heads['rise_low'] > 0) | (heads['rise_high'] < 0)
+    return text + (f" In the heads, which see the visible half of the face alone, the lead is {shown(last['gap'], '.3f')} in the end, "
+                   f"the own sound comes first for {last['found']:.0%} of the pictures (by chance {last['chance']:.0%}), and "
+                   f"{'a step has a rise whose interval lies off 0' if rises.any() else 'no step has a rise whose interval lies off 0'}.")
 
 # %% ../nbs/11_alignment.ipynb #86bf0e70
 @contextmanager

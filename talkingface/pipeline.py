@@ -281,12 +281,11 @@ def upstream(graph: dict[str, set], stages: list[str] | None) -> set[str]:
     return chosen
 
 # %% ../nbs/10_pipeline.ipynb #2a310c46
-def _with_entry(text: str, entry: str) -> str:
-    "The text of a lock file with a stage's `entry` in place of the one of that name, or at the end."
-    before, found, after = text.partition('\n' + entry[:entry.index('\n') + 1])
-    if not found: return text + entry
-    following = re.search(r'^ {0,2}\S', after, re.M)
-    return before + '\n' + entry + (after[following.start():] if following else '')
+def _place(text: str, line: str) -> slice | None:
+    "Where the entry that begins with `line` lies in the text of a lock file; None: nowhere."
+    if not (start := text.find(f'\n{line}\n') + 1): return None
+    following = re.compile(r'^ {0,2}\S', re.M).search(text, start + len(line) + 1)
+    return slice(start, following.start() if following else len(text))
 
 def _unshared(value):
     "A copy of nested dicts and lists, none of which occurs twice."
@@ -294,19 +293,27 @@ def _unshared(value):
     return [_unshared(v) for v in value] if isinstance(value, list) else value
 
 def run_dvc(arguments: list[str]) -> int:    # exit status
-    "DVC's command line, writing one entry of its lock file instead of all."
+    "DVC's command line; of its lock file it reads the entry of a single stage alone, and writes none but those that changed."
     from dvc.cli import main
     from dvc.dvcfile import Lockfile
     from dvc.stage.serialize import to_lockfile
-    from dvc.utils.serialize import dumps_yaml
-    whole = Lockfile.dump_stages
+    from dvc.utils.serialize import dumps_yaml, loads_yaml
+    load_whole, dump_whole = Lockfile.load, Lockfile.dump_stages
+    def text_of(file) -> str:      # '' where the text is not as DVC writes it: header, then stages
+        text = Path(file.path).read_text(encoding='utf-8') if Path(file.path).is_file() else ''
+        return text if re.findall(r'^\S+:', text, re.M) == ['schema:', 'stages:'] else ''
+    def load(self, **options):
+        text = text_of(self); place = _place(text, f'  {arguments[-1]}:')
+        return loads_yaml(text[:text.index('\n  ') + 1] + text[place]) if place and '--single-item' in arguments else load_whole(self, **options)
     def dump_stages(self, stages, **options):
-        path = Path(self.path); text = path.read_text(encoding='utf-8') if path.is_file() else ''
-        if re.findall(r'^\S+:', text, re.M)[-1:] != ['stages:']: return whole(self, stages, **options)
-        for stage in stages: text = _with_entry(text, dumps_yaml({'stages': _unshared(to_lockfile(stage, **options))}).split('\n', 1)[1])
-        with atomic_path(path) as part: part.write_text(text, encoding='utf-8')
+        if not (text := text_of(self)): return dump_whole(self, stages, **options)
+        for stage in stages:
+            entry = dumps_yaml({'stages': _unshared(to_lockfile(stage, **options))}).split('\n', 1)[1]
+            place = _place(text, entry.split('\n', 1)[0]) or slice(len(text), None)
+            text = text[:place.start] + entry + (text[place.stop:] if place.stop else '')
+        with atomic_path(self.path) as part: part.write_text(text, encoding='utf-8')
         self.repo.scm_context.track_file(self.relpath)
-    Lockfile.dump_stages = dump_stages
+    Lockfile.load, Lockfile.dump_stages = load, dump_stages
     return main(arguments)
 
 # %% ../nbs/10_pipeline.ipynb #eb49f0ef

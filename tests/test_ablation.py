@@ -330,5 +330,5 @@ def test_labels(tmp_path):
     assert network_note(tmp_path, ['a', 'b', 'w']) == 'light network, width 24; wav2lip network (w)' and network_note(tmp_path, []) == ''
     write_json(tmp_path/'g'/'meta.json', {'run': {'row': {'losses': {'sync': .1, 'pixel': 2}, 'options': {'pixel': {'mask': 1}}}}})
     assert weights_note(tmp_path, 'g', 'G', {'losses': {'sync': 1., 'pixel': 2.}, 'options': {'pixel': {'mask': 1}}}) == "Weights of G's losses as printed but for sync 0.1 (1)."
-    assert weights_note(tmp_path, 'g', 'G', {'losses': {'sync': .1, 'pixel': 2.}}) == "Weights of G's losses as printed; pixel with mask 1."
+    assert weights_note(tmp_path, 'g', 'G', {'losses': {'sync': .1, 'pixel': 2.}}) == "Weights of G's losses as printed; settings of ours: pixel with mask 1."
     assert restorer_label('vqfr_v1') == 'VQFR v1' and restorer_label('unsharp') == 'Unsharp mask'

@@ -91,7 +91,9 @@ def spread(maps: Tensor  # (N, 4 C, h, w)
 def smooth(maps: Tensor  # (N, C, H, W)
           ) -> Tensor:   # the same shape
     "Weights 1, 2, 1 along rows and columns, borders repeated: a pattern that alternates from pixel to pixel becomes its mean."
-    return F.avg_pool2d(F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode='replicate'), 2, 1), 2, 1)
+    kernel = torch.tensor([[1., 2, 1], [2, 4, 2], [1, 2, 1]], device=maps.device, dtype=maps.dtype)/16
+    with torch.autocast(maps.device.type, enabled=False):      # colours and pixels of flow need more than half precision
+        return F.conv2d(F.pad(maps, (1, 1, 1, 1), mode='replicate'), kernel.expand(maps.shape[1], 1, 3, 3), groups=maps.shape[1])
 
 # %% ../../nbs/05_generators/02_light.ipynb #4401c6c2
 def _maps(self, folded: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
