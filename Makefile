@@ -1,6 +1,6 @@
 # Every target starts from nothing: it makes the environment if there is none.
 # PROFILE=smoke|demo|medium|bench|paper  what `make repro` builds (default: what the line `run:` of params.yaml says)
-# JOBS=n                                 stages or tests side by side (default: the number of cores, one more for stages)
+# JOBS=n                                 stages or tests side by side (default: the number of cores)
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin

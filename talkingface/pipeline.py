@@ -336,7 +336,7 @@ def _run_one(root: Path, name: str, width: int, environment: dict) -> None:
 
 # %% ../nbs/10_pipeline.ipynb #4d5e8552
 def repro(root: str | Path = '.',      # the checkout
-          jobs: int | None = None,     # stages at a time; default: one more than cores, since stages also wait for DVC's lock
+          jobs: int | None = None,     # stages at a time; default: the number of cores
           stages: list[str] | None = None  # only these and what they need, e.g. ["prepare"]; default: all
          ) -> list[str]:               # the stages that DVC was asked to run
     "Bring stages up to date as `dvc repro` would, independent ones side by side. A failure lets running stages end, and starts no more."
@@ -344,7 +344,7 @@ def repro(root: str | Path = '.',      # the checkout
     graph, changed = stage_graph(root); wanted = upstream(graph, stages)
     todo = [n for n in affected(graph, changed) if n in wanted]; waiting = most_awaited(graph, todo); done, running, failed, start = set(), {}, [], time.time()
     print(f"{len(wanted)} stages, {len(todo)} to run: {', '.join(todo) or 'everything is up to date'}", flush=True)
-    width, jobs = max(map(len, todo), default=0), jobs or (os.cpu_count() or 1) + 1
+    width, jobs = max(map(len, todo), default=0), jobs or os.cpu_count() or 1
     kernels = preloaded_kernels({**KEPT_MEMORY, 'OMP_NUM_THREADS': '1'}) if len(todo) > 3 else contextlib.nullcontext({})
     with kernels as environment, ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
