@@ -267,9 +267,9 @@ def affected(graph: dict[str, set], changed: set) -> list[str]:
     return order
 
 def most_awaited(graph: dict[str, set], names: list[str]) -> list[str]:
-    "The same stages, those first for which most of them wait, directly or not; of equals the order stays."
+    "The same stages, those first for which most of them wait, directly or not; of equals those that need the fewest, then as they come."
     names = list(names); needed = {n: upstream(graph, [n]) for n in names}
-    return sorted(names, key=lambda n: -sum(n in needed[m] for m in names))
+    return sorted(names, key=lambda n: (-sum(n in needed[m] for m in names), len(needed[n])))
 
 def upstream(graph: dict[str, set], stages: list[str] | None) -> set[str]:
     "Stages named by `stages` (`prepare` names `prepare@demo` too) with all that they need; every stage for None."
