@@ -1,5 +1,6 @@
 """AV-HuBERT: published layout and numbers, passes, padding, long clips, the way from the pixels to the mouth, sound rows."""
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -403,3 +404,15 @@ def test_a_clip_of_padding_alone_is_finite_in_both(net, batch):
     padding = batch[2].clone(); padding[1] = True
     one, other = (f(batch[0], padding_mask=padding) for f in (net.features, lambda *a, **k: plain_features(net, *a, **k)))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('frames', [50, 75])
+def test_the_position_convolution_is_the_same_in_half_precision(frames):
+    "CPUs with AMX compute grouped convolutions in bfloat16 wrongly (torch 2.13): nine tenths of the value were off."
+    torch.manual_seed(0)
+    conv, x = PositionConv(128, 32, 16).eval(), torch.randn(4, 128, frames)
+    with torch.no_grad():
+        exact = conv(x)
+        with torch.autocast('cpu', dtype=torch.bfloat16): mixed = conv(x)
+        half = deepcopy(conv).bfloat16()(x.bfloat16())
+    for found in (mixed, half): assert (found.float() - exact).norm() < .02*exact.norm()

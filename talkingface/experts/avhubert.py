@@ -97,11 +97,15 @@ class PositionConv(nn.Module):
         length = self.weight_v.float().flatten(0, 1).square().sum(0).sqrt().to(self.weight_v.dtype)
         return self.weight_v*(self.weight_g/length)
 
+    def _convolve(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return F.conv1d(x, weight, self.bias.to(x.dtype), padding=weight.shape[-1]//2, groups=self.groups)[..., :x.shape[-1]]
+
     def forward(self, x: Tensor  # (B, D, T)
                ) -> Tensor:
-        kernel = self.weight_v.shape[-1]
-        y = F.conv1d(x, self.weight, self.bias, padding=kernel//2, groups=self.groups)
-        return y[..., :x.shape[-1]]
+        if x.device.type != 'cpu': return self._convolve(x)
+        with torch.autocast('cpu', enabled=False):     # in bfloat16 CPUs with AMX give wrong values of grouped convolutions (torch 2.13)
+            return self._convolve(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 class SelfAttention(nn.Module):
     "Multi-head attention of a sequence to itself."
