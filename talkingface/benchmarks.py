@@ -6,8 +6,8 @@
 __all__ = ['FULL_STEP', 'PUBLISHED_SIZES', 'PUBLISHED_CROP', 'C_STEP', 'PRECISIONS', 'rate', 'bench_render', 'bench_prepare',
            'bench_expert', 'anonymous_memory', 'watched_memory', 'PartTimes', 'time_parts', 'bench_generator',
            'speed_ratio', 'bench_avhubert', 'expert_config', 'bench_scoring', 'larger_store', 'mixed', 'bench_drawing',
-           'matmul_rate', 'Layout', 'bench_ways', 'bench_adaat', 'bench_compiled', 'run_benchmarks', 'machine',
-           'speed_summary']
+           'drawing_parts', 'matmul_rate', 'Layout', 'bench_ways', 'bench_adaat', 'bench_compiled', 'run_benchmarks',
+           'machine', 'speed_summary']
 
 # %% ../nbs/12_benchmarks.ipynb #95f1b84f
 import os
@@ -206,6 +206,21 @@ def bench_drawing(config: dict, seconds: float, device: str = 'cpu'
         with mixed(device, precision): found |= {(precision, n): generator_speed(generator, seconds, n) for n in (1, 5)}
     return found
 
+@torch.no_grad()
+def drawing_parts(config: dict, seconds: float, device: str = 'cpu', precision: str = 'bf16',
+                  frames: int = 5) -> dict[str, float]:     # network -> share of the time; rest: between them
+    "Where the time of a frame goes, by the networks of a generator, drawing groups of frames with random weights."
+    generator = build_generator(config).eval().to(device, memory_format=torch.channels_last)
+    batch, times = random_batch(generator.size, 1, frames).to(device), PartTimes(device)
+    timed = lambda name, forward: lambda *args: times.run(name, forward, *args)
+    for name, part in generator.named_children():
+        for network in part if isinstance(part, torch.nn.ModuleList) else [part]: network.forward = timed(name, network.forward)
+    def call(i: int) -> None:
+        if i == 1: times.begin()                            # the first call does not count
+        generator(batch)
+    with mixed(device, precision): rate(call, seconds)
+    return times.shares()
+
 def matmul_rate(device: str = 'cpu', seconds: float = 1., side: int | None = None,
                 dtype: torch.dtype = torch.bfloat16) -> float:      # 10^9 multiply-adds per second
     "Rate of a large matrix product, what the device can do at best."
@@ -311,11 +326,12 @@ def _say_scoring(say, experts: dict, seconds: float, full: bool) -> None:
         _say_insertion(say, name, insertion_cost(build_expert(configs[name])))
 
 def _say_drawing(say, name: str, config: dict, seconds: float, device: str = 'cpu') -> dict:
-    "Size of a generator, and what a frame takes."
+    "Size of a generator, what a frame takes, and where that time goes."
     found = bench_drawing(config, seconds, device); say(f'{name}: parameters', found['float32', 1]['net_parameters'], '10^6')
     for (precision, n), values in found.items():
         say(f'{name}, {precision}, groups of {n}: a frame', 1/values['net_frames'], 's')
     for n in (1, 5): say(f'{name}, groups of {n}: multiply-adds', found['float32', n]['net_gmacs'], '10^9 a frame')
+    for part, share in drawing_parts(config, seconds, device).items(): say(f'{name}, bf16, groups of 5: part {part}', share, 'of a frame')
     return found
 
 def _say_g4g(say, store: ClipStore, block: dict, rows: dict, seconds: float) -> None:
@@ -383,6 +399,9 @@ def _g4g_speed(values) -> str:
     "A sentence on a frame and a step of paper C at its published size."
     frame = lambda name: values.get(f'{name} 416x320, bf16, groups of 5: a frame')
     if frame('g4g') is None or f'{_C_STEP}: steps' not in values: return ''
-    return (f" A frame at 416 x 320 px takes {frame('g4g'):.1f} s of G4G and {frame('dinet'):.1f} s of DINet on one thread (bfloat16, groups of five); "
+    parts = {what.partition(': part ')[2]: x for what, x in values.items() if what.startswith('g4g 416x320, bf16, groups of 5: part ')}
+    most = ', '.join(f'`{name}` {100*x:.0f} %' for name, x in sorted(parts.items(), key=lambda kv: -kv[1])[:3])
+    return (f" A frame at 416 x 320 px takes {frame('g4g'):.1f} s of G4G and {frame('dinet'):.1f} s of DINet on one thread (bfloat16, groups of five)"
+            f"{', of G4G the most in its networks ' + most if most else ''}; "
             f"a training step of G4G on 3 windows of 5 such frames with all its losses {1/values[f'{_C_STEP}: steps']:.0f} s on all cores and "
             f"{values[f'{_C_STEP}: memory']/1024:.1f} GiB, {100*values[f'{_C_STEP}: part backward']:.0f} % of it in the backward pass.")
