@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MATRIX_TITLES', 'spread_windows', 'window_batch', 'alignment_matrices', 'diagonal_measures', 'diagonal_rise',
-           'alignment_figure', 'diagonal_words', 'held_still', 'channel_groups', 'deformation_figure']
+           'alignment_figure', 'diagonal_words', 'alone_words', 'held_still', 'channel_groups', 'deformation_figure']
 
 # %% ../nbs/11_alignment.ipynb #8513e0d0
 from contextlib import contextmanager
@@ -72,14 +72,15 @@ def alignment_matrices(generator: Generator, clips, windows: list[tuple[int, int
 
 def diagonal_measures(matrix: np.ndarray,                # (N,N), rows pictures
                       clips: list[int] | np.ndarray      # (N,) clip of each window
-                     ) -> dict:                          # found, chance, found_inside, chance_inside, gap
-    "How often a picture's own sound scores highest, among all sounds and among those of its clip; its mean lead over the others."
+                     ) -> dict:                          # found, chance, found_inside, chance_inside, gap, gap_inside
+    "How often a picture's own sound scores highest, and its mean lead over the others: among all sounds, and among those of its clip (`inside`)."
     clips, n = np.asarray(clips), len(matrix); own = np.diag(matrix); same = clips[:, None] == clips
     inside = np.where(same, matrix, -np.inf); many = same.sum(1) > 1; other = ~np.eye(n, dtype=bool)
     return dict(found=float((matrix.argmax(1) == np.arange(n)).mean()), chance=1/n,
                 found_inside=float((inside.argmax(1) == np.arange(n))[many].mean()) if many.any() else float('nan'),
                 chance_inside=float((1/same.sum(1))[many].mean()) if many.any() else float('nan'),
-                gap=float(own.mean() - matrix[other].mean()))
+                gap=float(own.mean() - matrix[other].mean()),
+                gap_inside=float((own - np.where(same & other, matrix, 0).sum(1)/np.maximum(same.sum(1) - 1, 1))[many].mean()) if many.any() else float('nan'))
 
 def diagonal_rise(before: np.ndarray, after: np.ndarray,   # (N,N) each, of the same windows
                   clips: list[int] | np.ndarray,           # (N,) clip of each window
@@ -99,9 +100,12 @@ MATRIX_TITLES = {'heads': 'Heads, aligned feature', 'pictures': 'Generated lips,
 def alignment_figure(states: dict,      # title of a state -> of `alignment_matrices`
                      clips: list[int],  # clip of each window
                      title: str = '', notes: str = '',
-                     seed: int = 0) -> tuple:   # figure, DataFrame of `diagonal_measures` and of `diagonal_rise` against the state before
+                     seed: int = 0,
+                     since: dict[str, str] | None = None    # title of a state -> of the one that it goes on from; others: the one before
+                    ) -> tuple:         # figure, DataFrame of `diagonal_measures` and of `diagonal_rise` since that state
     "Similarity matrices side by side; lines part the clips, if they are few."
     import pandas as pd
+    names = list(states); came_from = dict(zip(names[1:], names)) | (since or {})
     kinds = [k for k in MATRIX_TITLES if any(k in m for m in states.values())]; rows = []
     edges = np.flatnonzero(np.diff(clips)) + .5 if len(set(clips)) <= 8 else ()                 # of many clips lines would hide the rest
     with plotting() as plt:
@@ -109,35 +113,50 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
         for y, kind in enumerate(kinds):
             reach = max(np.abs(m[kind]).max() for m in states.values() if kind in m)
             for x, (name, matrices) in enumerate(states.items()):
-                ax = axes[y, x]; matrix = matrices[kind]; told = diagonal_measures(matrix, clips)
-                risen = diagonal_rise(list(states.values())[x - 1][kind], matrix, clips, seed) if x else (np.nan,)*3
-                rows.append(dict(state=name, matrix=kind, n=len(matrix), **told, **dict(zip(('rise', 'rise_low', 'rise_high'), risen))))
+                ax, before = axes[y, x], states.get(came_from.get(name), {}).get(kind)
+                if kind not in matrices: ax.axis('off'); continue
+                matrix = matrices[kind]; told = diagonal_measures(matrix, clips)
+                risen = (np.nan,)*3 if before is None else diagonal_rise(before, matrix, clips, seed)
+                rows.append(dict(state=name, since=came_from.get(name, ''), matrix=kind, n=len(matrix), **told, **dict(zip(('rise', 'rise_low', 'rise_high'), risen))))
                 image = ax.imshow(matrix, vmin=-reach, vmax=reach, cmap='PuOr_r', interpolation='nearest')
                 for e in edges: ax.axhline(e, color=QUIET_INK, lw=.4); ax.axvline(e, color=QUIET_INK, lw=.4)
                 ax.set_xticks([]); ax.set_yticks([]); ax.grid(False); ax.set_xlabel('sounds', fontsize=7)
                 if not x: ax.set_ylabel(f'{MATRIX_TITLES[kind]}\npictures', fontsize=7.5)
-                ax.set_title(f"{name}\nown sound first: {told['found']:.0%}, in its clip {told['found_inside']:.0%}\nlead over the others {told['gap']:.3f}"
-                             + (f'\nrise {risen[0]:+.3f} [{risen[1]:.3f}, {risen[2]:.3f}]' if x else ''), fontsize=6.5)
+                ax.set_title(f"{name}\nown sound first: {told['found']:.0%}, in its clip {told['found_inside']:.0%}\nlead over the others {told['gap']:.3f}, in its clip {told['gap_inside']:.3f}"
+                             + ('' if before is None else f'\n{came_from[name][:1].lower()}{came_from[name][1:]} to here {risen[0]:+.3f} [{risen[1]:.3f}, {risen[2]:.3f}]'), fontsize=6.2)
             fig.colorbar(image, ax=axes[y].tolist(), shrink=.7, label='cosine')
         first = rows[0]
         small_print(fig, [f"{first['n']} windows of {len(set(clips))} clips that no generator met; by chance {first['chance']:.0%} and, in its clip, {first['chance_inside']:.0%}. "
-                          'In brackets: 95 % interval, over clips, of the rise of that lead against the state to the left.',
+                          'In brackets: 95 % interval, over clips, of the rise of that lead from the state that is named.',
                           *([notes] if notes else [])], title)
     return fig, pd.DataFrame(rows)
 
 # %% ../nbs/11_alignment.ipynb #ccc5b10a
 def diagonal_words(data) -> str:   # of the DataFrame that `alignment_figure` gives
-    "How the lead of the own sound rises from state to state, of generated lips and of the heads."
+    "How the lead of the own sound rises from state to state, of generated lips and of the heads that go with them."
     lips, heads = (data[data['matrix'] == kind].reset_index(drop=True) for kind in ('pictures', 'heads'))
     shown = lambda value, form: format(value, form).replace('-', '−')
-    steps = [f"{shown(r.gap, '.3f')} {r.state[:1].lower()}{r.state[1:]}" + (f" (rise {shown(r.rise, '+.3f')} [{shown(r.rise_low, '+.3f')}, {shown(r.rise_high, '+.3f')}])" if r.rise == r.rise else '')
-             for r in lips.itertuples()]
-    text = f"A frozen expert finds in generated lips that the own sound leads the others by {', '.join(steps)}; the warm-up has no contrastive loss."
+    rise = lambda r: '' if r.rise != r.rise else f" (rise {shown(r.rise, '+.3f')} [{shown(r.rise_low, '+.3f')}, {shown(r.rise_high, '+.3f')}])"
+    told = lambda row: f"{shown(row.gap, '.3f')} {row.state[:1].lower()}{row.state[1:]}{rise(row)}"
+    text = (f"A frozen expert finds in generated lips that the own sound leads the others by {', '.join(map(told, lips.itertuples()))}; "
+            'the warm-up has no contrastive loss.')
     if not len(heads): return text
-    last, rises = heads.iloc[-1], (heads['rise_low'] > 0) | (heads['rise_high'] < 0)
-    return text + (f" In the heads, which see the visible half of the face alone, the lead is {shown(last['gap'], '.3f')} in the end, "
-                   f"the own sound comes first for {last['found']:.0%} of the pictures (by chance {last['chance']:.0%}), and "
-                   f"{'a step has a rise whose interval lies off 0' if rises.any() else 'no step has a rise whose interval lies off 0'}.")
+    heads = heads[heads['state'].isin(lips['state'])]; last, rises = heads.iloc[-1], (heads['rise_low'] > 0) | (heads['rise_high'] < 0)
+    text += (f" In the heads, which see the visible half of the face, stills and their landmarks, the lead is {shown(last['gap'], '.3f')} in the end, "
+             f"the own sound comes first for {last['found']:.0%} of the pictures (by chance {last['chance']:.0%}), and "
+             f"{'a step has a rise whose interval lies off 0' if rises.any() else 'no step has a rise whose interval lies off 0'}.")
+    return text
+
+def alone_words(data,               # of the DataFrame that `alignment_figure` gives
+                where: str = ''     # what was trained
+               ) -> str:            # empty where no state has heads alone
+    "What heads learned that the contrastive loss alone trained: the lead over other clips, and over other moments of the same clip."
+    heads, lips = (data[data['matrix'] == kind] for kind in ('heads', 'pictures'))
+    number = lambda value, form='.3f': format(value, form).replace('-', '−')
+    return ' '.join(f"Trained with the contrastive loss alone{where}, the heads lead by {number(r.gap)} (rise {number(r.rise, '+.3f')} [{number(r.rise_low, '+.3f')}, "
+                    f"{number(r.rise_high, '+.3f')}]) on people whom they never met; over other moments of the same clip by {number(r.gap_inside)}, where the own "
+                    f"sound comes first for {r.found_inside:.0%} (by chance {r.chance_inside:.0%})."
+                    for r in heads[~heads['state'].isin(lips['state'])].itertuples())
 
 # %% ../nbs/11_alignment.ipynb #86bf0e70
 @contextmanager
