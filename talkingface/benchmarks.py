@@ -285,11 +285,11 @@ def run_benchmarks(root: str | Path,        # the checkout, with a prepared stor
     reader = expert_config(block['avhubert']) if block.get('avhubert') else None
     if reader: _say_training(say, f"generator {block['generator']['net']['name']}, losses of paper B",
                              bench_generator(store, block['generator'], params['rows']['unsupervised'], reader, FeatureNet(width=8), seconds))
+    _say_g4g(say, store, block, params['rows'], seconds)                 # before the large ones, whose memory the process keeps
     if full:
         made = bench_generator(store, FULL_STEP, row, {'name': 'avsyncnet'}, VGG19Features(), seconds, threads=os.cpu_count(), precision='32-true')
         _say_training(say, 'G_L at full size, 16 x 5 frames, all losses of G, VGG-19', made)
         torch.set_num_threads(1)
-    _say_g4g(say, store, block, params['rows'], seconds)
     if full:
         for device in ('cpu', 'cuda')[:1 + torch.cuda.is_available()]:
             _say_g4g_published(say, root/block['corpus']['root'], params['rows']['g4g'], seconds, device)
