@@ -83,11 +83,11 @@ def diagonal_measures(matrix: np.ndarray,                # (N,N), rows pictures
                 gap_inside=float((own - np.where(same & other, matrix, 0).sum(1)/np.maximum(same.sum(1) - 1, 1))[many].mean()) if many.any() else float('nan'))
 
 def diagonal_rise(before: np.ndarray, after: np.ndarray,   # (N,N) each, of the same windows
-                  clips: list[int] | np.ndarray,           # (N,) clip of each window
+                  clips: list | np.ndarray,                # (N,) clip, or person, of each window
                   seed: int = 0,                           # of the bootstrap
                   draws: int = 2000
                  ) -> tuple[float, float, float]:          # mean, low, high
-    "How much the lead of a picture's own sound over the others rises; 95 % interval by drawing clips."
+    "How much the lead of a picture's own sound over the others rises; 95 % interval by drawing clips, or people."
     lead = lambda m: np.diag(m) - (m.sum(1) - np.diag(m))/(len(m) - 1)
     gain, clips = lead(after) - lead(before), np.asarray(clips); names = np.unique(clips)
     sums, counts = (np.array([f(gain[clips == c]) for c in names]) for f in (np.sum, len))
@@ -101,6 +101,7 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
                      clips: list[int],  # clip of each window
                      title: str = '', notes: str = '',
                      seed: int = 0,
+                     people: list | None = None,            # person of each window, whom the intervals draw; None: they draw clips
                      since: dict[str, str] | None = None    # title of a state -> of the one that it goes on from; others: the one before
                     ) -> tuple:         # figure, DataFrame of `diagonal_measures` and of `diagonal_rise` since that state
     "Similarity matrices side by side; lines part the clips, if they are few."
@@ -116,7 +117,7 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
                 ax, before = axes[y, x], states.get(came_from.get(name), {}).get(kind)
                 if kind not in matrices: ax.axis('off'); continue
                 matrix = matrices[kind]; told = diagonal_measures(matrix, clips)
-                risen = (np.nan,)*3 if before is None else diagonal_rise(before, matrix, clips, seed)
+                risen = (np.nan,)*3 if before is None else diagonal_rise(before, matrix, clips if people is None else people, seed)
                 rows.append(dict(state=name, since=came_from.get(name, ''), matrix=kind, n=len(matrix), **told, **dict(zip(('rise', 'rise_low', 'rise_high'), risen))))
                 image = ax.imshow(matrix, vmin=-reach, vmax=reach, cmap='PuOr_r', interpolation='nearest')
                 for e in edges: ax.axhline(e, color=QUIET_INK, lw=.4); ax.axvline(e, color=QUIET_INK, lw=.4)
@@ -127,7 +128,7 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
             fig.colorbar(image, ax=axes[y].tolist(), shrink=.7, label='cosine')
         first = rows[0]
         small_print(fig, [f"{first['n']} windows of {len(set(clips))} clips that no generator met; by chance {first['chance']:.0%} and, in its clip, {first['chance_inside']:.0%}. "
-                          'In brackets: 95 % interval, over clips, of the rise of that lead from the state that is named.',
+                          f"In brackets: 95 % interval, over {'clips' if people is None else f'{len(set(people))} people'}, of the rise of that lead from the state that is named.",
                           *([notes] if notes else [])], title)
     return fig, pd.DataFrame(rows)
 
@@ -140,22 +141,22 @@ def diagonal_words(data) -> str:   # of the DataFrame that `alignment_figure` gi
     told = lambda row: f"{shown(row.gap, '.3f')} {row.state[:1].lower()}{row.state[1:]}{rise(row)}"
     text = (f"A frozen expert finds in generated lips that the own sound leads the others by {', '.join(map(told, lips.itertuples()))}; "
             'the warm-up has no contrastive loss.')
+    heads = heads[heads['state'].isin(lips['state'])]
     if not len(heads): return text
-    heads = heads[heads['state'].isin(lips['state'])]; last, rises = heads.iloc[-1], (heads['rise_low'] > 0) | (heads['rise_high'] < 0)
-    text += (f" In the heads, which see the visible half of the face, stills and their landmarks, the lead is {shown(last['gap'], '.3f')} in the end, "
+    last, rises = heads.iloc[-1], (heads['rise_low'] > 0) | (heads['rise_high'] < 0)
+    return text + (f" In the heads, which see the visible half of the face, stills and their landmarks, the lead is {shown(last['gap'], '.3f')} in the end, "
              f"the own sound comes first for {last['found']:.0%} of the pictures (by chance {last['chance']:.0%}), and "
              f"{'a step has a rise whose interval lies off 0' if rises.any() else 'no step has a rise whose interval lies off 0'}.")
-    return text
 
 def alone_words(data,               # of the DataFrame that `alignment_figure` gives
                 where: str = ''     # what was trained
                ) -> str:            # empty where no state has heads alone
-    "What heads learned that the contrastive loss alone trained: the lead over other clips, and over other moments of the same clip."
+    "What heads learned that the contrastive loss alone trained, once: the lead over the others, and over other moments of the same clip."
     heads, lips = (data[data['matrix'] == kind] for kind in ('heads', 'pictures'))
     number = lambda value, form='.3f': format(value, form).replace('-', '−')
     return ' '.join(f"Trained with the contrastive loss alone{where}, the heads lead by {number(r.gap)} (rise {number(r.rise, '+.3f')} [{number(r.rise_low, '+.3f')}, "
-                    f"{number(r.rise_high, '+.3f')}]) on people whom they never met; over other moments of the same clip by {number(r.gap_inside)}, where the own "
-                    f"sound comes first for {r.found_inside:.0%} (by chance {r.chance_inside:.0%})."
+                    f"{number(r.rise_high, '+.3f')}]) on people whom they never met, and the own sound comes first for {r.found:.0%} (by chance {r.chance:.0%}); "
+                    f"over other moments of the same clip they lead by {number(r.gap_inside)}, {r.found_inside:.0%} come first (by chance {r.chance_inside:.0%}). One training."
                     for r in heads[~heads['state'].isin(lips['state'])].itertuples())
 
 # %% ../nbs/11_alignment.ipynb #86bf0e70

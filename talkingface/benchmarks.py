@@ -399,7 +399,7 @@ def _g4g_speed(values) -> str:
     "A sentence on a frame and a step of paper C at its published size."
     frame = lambda name: values.get(f'{name} 416x320, bf16, groups of 5: a frame')
     if frame('g4g') is None or f'{_C_STEP}: steps' not in values: return ''
-    parts = {what.partition(': part ')[2]: x for what, x in values.items() if what.startswith('g4g 416x320, bf16, groups of 5: part ')}
+    parts = {what.partition(': part ')[2]: x for what, x in values.items() if what.startswith('g4g 416x320, bf16, groups of 5: part ')}; parts.pop('rest', None)
     most = ', '.join(f'`{name}` {100*x:.0f} %' for name, x in sorted(parts.items(), key=lambda kv: -kv[1])[:3])
     return (f" A frame at 416 x 320 px takes {frame('g4g'):.1f} s of G4G and {frame('dinet'):.1f} s of DINet on one thread (bfloat16, groups of five)"
             f"{', of G4G the most in its networks ' + most if most else ''}; "

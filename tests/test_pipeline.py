@@ -87,6 +87,8 @@ def test_tables_of_paper_c_have_their_lines_on_both_sets(checkout):
     assert {'no_alignment', 'no_supervision', 'no_fusion'} <= set(read('table_02_pairs')['other'])
     assert {'wav2lip', 'dinet', 'final', 'g4g'} <= set(read('table_01_cost')['method']) and read('table_study')['mos_sync_reported'].notna().any()
     assert 'g4g' in set(read('fig_01')['network']) and {'heads', 'pictures'} == set(read('fig_alignment')['matrix'])
+    states = read('fig_alignment').set_index(['state', 'matrix']); assert states.loc[('Contrastive loss alone', 'heads'), 'since'] == 'Untrained'
+    assert np.isfinite(states.loc[('Contrastive loss alone', 'heads'), ['gap', 'gap_inside', 'rise', 'rise_low', 'rise_high']].astype(float)).all()
 
 
 def test_rows_hold_a_value_or_a_reason(checkout):
