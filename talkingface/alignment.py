@@ -95,6 +95,11 @@ def diagonal_rise(before: np.ndarray, after: np.ndarray,   # (N,N) each, of the 
     return float(gain.mean()), *interval(sums[drawn].sum(1)/counts[drawn].sum(1))
 
 # %% ../nbs/11_alignment.ipynb #dedc1510
+def _three(value: float, sign: str = '') -> str: return f'{value:{sign}.3f}'.replace('-', '−')
+
+def _with_interval(mean: float, low: float, high: float) -> str: return f"{_three(mean, '+')} [{_three(low, '+')}, {_three(high, '+')}]"
+
+# %% ../nbs/11_alignment.ipynb #8525171c
 MATRIX_TITLES = {'heads': 'Heads, aligned feature', 'pictures': 'Generated lips, frozen expert'}
 
 def alignment_figure(states: dict,      # title of a state -> of `alignment_matrices`
@@ -123,8 +128,8 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
                 for e in edges: ax.axhline(e, color=QUIET_INK, lw=.4); ax.axvline(e, color=QUIET_INK, lw=.4)
                 ax.set_xticks([]); ax.set_yticks([]); ax.grid(False); ax.set_xlabel('sounds', fontsize=7)
                 if not x: ax.set_ylabel(f'{MATRIX_TITLES[kind]}\npictures', fontsize=7.5)
-                ax.set_title(f"{name}\nown sound first: {told['found']:.0%}, in its clip {told['found_inside']:.0%}\nlead over the others {told['gap']:.3f}, in its clip {told['gap_inside']:.3f}"
-                             + ('' if before is None else f'\n{came_from[name][:1].lower()}{came_from[name][1:]} to here {risen[0]:+.3f} [{risen[1]:.3f}, {risen[2]:.3f}]'), fontsize=6.2)
+                ax.set_title(f"{name}\nown sound first: {told['found']:.0%}, in its clip {told['found_inside']:.0%}\nlead over the others {_three(told['gap'])}, in its clip {_three(told['gap_inside'])}"
+                             + ('' if before is None else f'\n{came_from[name][:1].lower()}{came_from[name][1:]} to here {_with_interval(*risen)}'), fontsize=6.2)
             fig.colorbar(image, ax=axes[y].tolist(), shrink=.7, label='cosine')
         first = rows[0]
         small_print(fig, [f"{first['n']} windows of {len(set(clips))} clips that no generator met; by chance {first['chance']:.0%} and, in its clip, {first['chance_inside']:.0%}. "
@@ -136,15 +141,14 @@ def alignment_figure(states: dict,      # title of a state -> of `alignment_matr
 def diagonal_words(data) -> str:   # of the DataFrame that `alignment_figure` gives
     "How the lead of the own sound rises from state to state, of generated lips and of the heads that go with them."
     lips, heads = (data[data['matrix'] == kind].reset_index(drop=True) for kind in ('pictures', 'heads'))
-    shown = lambda value, form: format(value, form).replace('-', '−')
-    rise = lambda r: '' if r.rise != r.rise else f" (rise {shown(r.rise, '+.3f')} [{shown(r.rise_low, '+.3f')}, {shown(r.rise_high, '+.3f')}])"
-    told = lambda row: f"{shown(row.gap, '.3f')} {row.state[:1].lower()}{row.state[1:]}{rise(row)}"
+    rise = lambda r: '' if r.rise != r.rise else f' (rise {_with_interval(r.rise, r.rise_low, r.rise_high)})'
+    told = lambda row: f"{_three(row.gap)} {row.state[:1].lower()}{row.state[1:]}{rise(row)}"
     text = (f"A frozen expert finds in generated lips that the own sound leads the others by {', '.join(map(told, lips.itertuples()))}; "
             'the warm-up has no contrastive loss.')
     heads = heads[heads['state'].isin(lips['state'])]
     if not len(heads): return text
     last, rises = heads.iloc[-1], (heads['rise_low'] > 0) | (heads['rise_high'] < 0)
-    return text + (f" In the heads, which see the visible half of the face, stills and their landmarks, the lead is {shown(last['gap'], '.3f')} in the end, "
+    return text + (f" In the heads, which see the visible half of the face, stills and their landmarks, the lead is {_three(last['gap'])} in the end, "
              f"the own sound comes first for {last['found']:.0%} of the pictures (by chance {last['chance']:.0%}), and "
              f"{'a step has a rise whose interval lies off 0' if rises.any() else 'no step has a rise whose interval lies off 0'}.")
 
@@ -153,10 +157,9 @@ def alone_words(data,               # of the DataFrame that `alignment_figure` g
                ) -> str:            # empty where no state has heads alone
     "What heads learned that the contrastive loss alone trained, once: the lead over the others, and over other moments of the same clip."
     heads, lips = (data[data['matrix'] == kind] for kind in ('heads', 'pictures'))
-    number = lambda value, form='.3f': format(value, form).replace('-', '−')
-    return ' '.join(f"Trained with the contrastive loss alone{where}, the heads lead by {number(r.gap)} (rise {number(r.rise, '+.3f')} [{number(r.rise_low, '+.3f')}, "
-                    f"{number(r.rise_high, '+.3f')}]) on people whom they never met, and the own sound comes first for {r.found:.0%} (by chance {r.chance:.0%}); "
-                    f"over other moments of the same clip they lead by {number(r.gap_inside)}, {r.found_inside:.0%} come first (by chance {r.chance_inside:.0%}). One training."
+    return ' '.join(f"Trained with the contrastive loss alone{where}, the heads lead by {_three(r.gap)} (rise {_with_interval(r.rise, r.rise_low, r.rise_high)}) "
+                    f"on people whom they never met, and the own sound comes first for {r.found:.0%} (by chance {r.chance:.0%}); "
+                    f"over other moments of the same clip they lead by {_three(r.gap_inside)}, {r.found_inside:.0%} come first (by chance {r.chance_inside:.0%}). One training."
                     for r in heads[~heads['state'].isin(lips['state'])].itertuples())
 
 # %% ../nbs/11_alignment.ipynb #86bf0e70

@@ -228,7 +228,8 @@ def table_cells(table,                 # from `metric_table`
     metrics, labels = metric_columns(table), METHOD_LABELS | (labels or {})
     header, columns = [], []
     for m in metrics:
-        info = metric_info(m); digits = _digits(table[m]); best = _best(table, m, references)
+        info, rivals = metric_info(m), table.loc[~table['method'].isin(references), m]; best = _best(table, m, references)
+        digits = _digits(rivals if rivals.abs().max() < .02 else table[m])         # small numbers that compete, beside floors that are not small
         header.append((metric_label(m) + (f' {info.arrow}' if info.arrow else ''), info.unit))
         half = ((table[f'{m}_high'] - table[f'{m}_low']) / 2) if f'{m}_low' in table else table[m] * np.nan
         told = table.get(f'{m}_reported'); sure = table.get(f'{m}_confirmed')
@@ -252,8 +253,9 @@ def _notes(table) -> list[str]:
         short = sorted({tell(m, r) for m in metrics for _, r in table.iterrows() if r[f'{m}_n'] < r[f'{m}_given']})
         more = f'; and {len(short) - 6} more (CSV).' if len(short) > 6 else '.'
         if short: notes.append('Left out with a reason (the rows name it): ' + '; '.join(short[:6]) + more)
-    if any(c.endswith('_reported') for c in table):
-        notes.append('Reported: as published, on the data of the papers, by another expert.')
+    if reported := [c.removesuffix('_reported') for c in table if c.endswith('_reported')]:
+        judged = any({'expert', 'lip_reader'} & set(metric_info(m).needs) for m in reported)
+        notes.append(f"Reported: as published, on the data of the papers{', by another expert' if judged else ''}.")
     if any((table[c] == False).any() for c in table if c.endswith('_confirmed')):    # noqa: E712, the column may hold NaN
         notes.append('† found in notes on the paper only, not confirmed in its own text.')
     return notes
@@ -374,10 +376,13 @@ def how_many(numbers, what: str) -> str:
     return (f'{low} to ' if low < high else '') + f"{high} {what}{'s' if high != 1 else ''}"
 
 # %% ../nbs/09_experiments.ipynb #a5696e71
-def _few_colours(path: Path, colours: int) -> None:
-    "Rewrite a PNG with a palette: text and lines take a third of the bytes."
+def _compact(path: Path, colours: int | None) -> None:
+    "Rewrite a PNG without its opaque alpha channel; with a palette text and lines take a third of the bytes."
     from PIL import Image
-    with Image.open(path) as image: image.convert('RGB').quantize(colours, dither=Image.Dither.NONE).save(path, 'PNG', optimize=True)
+    with Image.open(path) as image:
+        shown, dpi = image.convert('RGB'), image.info['dpi']
+        if colours: shown = shown.quantize(colours, dither=Image.Dither.NONE)
+        shown.save(path, 'PNG', optimize=True, dpi=dpi)
 
 def save_figure(fig, stem: str | Path,   # path without suffix, e.g. paper_figures/demo/fig_01
                 data,                    # DataFrame of what is drawn
@@ -392,7 +397,7 @@ def save_figure(fig, stem: str | Path,   # path without suffix, e.g. paper_figur
         for path in paths[:2]:
             with atomic_path(path) as part:
                 fig.savefig(part, metadata=blank[path.suffix], bbox_inches='tight', facecolor='white', **({'dpi': dpi} if dpi else {}))
-                if colours and path.suffix == '.png': _few_colours(part, colours)
+                if path.suffix == '.png': _compact(part, colours)
     with atomic_path(paths[2]) as part: data.to_csv(part, index=False, lineterminator='\n')
     return paths
 

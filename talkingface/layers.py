@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_unit', 'lower_half_mask', 'lower_half_bgr', 'ConvBlock', 'ConvTransposeBlock', 'PlainConvBlock', 'scaled', 'FiLM',
-           'warp', 'parameter_count', 'gflop']
+           'power_of_two', 'warp', 'parameter_count', 'gflop']
 
 # %% ../nbs/02_layers.ipynb #ea3d7985
 import torch
@@ -102,6 +102,10 @@ class FiLM(nn.Module):
         return x*(1 + gamma) + beta
 
 # %% ../nbs/02_layers.ipynb #d14e8444
+def power_of_two(n: int) -> int:
+    "The smallest power of two that is not below n."
+    return 1 << (n - 1).bit_length()
+
 def warp(image: Tensor,  # (B, C, H, W)
          flow: Tensor    # (B, 2, H', W') in px of the output pixel grid: x (to the right), then y (down)
         ) -> Tensor:     # (B, C, H', W')
@@ -110,7 +114,7 @@ def warp(image: Tensor,  # (B, C, H, W)
         raise InputError(f"expected flow (B, 2, H, W) for image {tuple(image.shape)}, got {tuple(flow.shape)}")
     dtype = torch.promote_types(torch.promote_types(image.dtype, flow.dtype), torch.float32)
     (height, width), (rows, columns) = image.shape[-2:], flow.shape[-2:]
-    tall, wide = (1 << (n - 1).bit_length() for n in (height, width))
+    tall, wide = power_of_two(height), power_of_two(width)
     axis = lambda n: torch.arange(n, device=flow.device, dtype=dtype)
     x = (flow[:, 0].to(dtype) + axis(columns)).clamp(0, width - 1)
     y = (flow[:, 1].to(dtype) + axis(rows)[:, None]).clamp(0, height - 1)

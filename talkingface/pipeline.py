@@ -102,6 +102,7 @@ class Params:
     compared: list[str]            # experts of the robustness figures
     reported: list[str]            # experts of their table
     warm_ups: dict[str, dict]      # starts that rows share
+    heads: dict[str, dict]         # heads of G4G trained alone
     silencers: dict[str, dict]     # generators that close mouths
     rivals: dict[str, dict]        # generators of other papers
     rows: dict[str, dict]
@@ -117,7 +118,7 @@ class Params:
 # %% ../nbs/10_pipeline.ipynb #e88df93a
 def _check_trainings(params: dict, generator: dict, where: str) -> None:
     "Refuse a number of trainings for a row that does not exist, or of none."
-    known = {name for part in ('warm_ups', 'silencers', 'rivals', 'rows') for name in params[part]}
+    known = {name for part in ('warm_ups', 'heads', 'silencers', 'rivals', 'rows') for name in params[part]}
     if not isinstance(given := generator.get('seeds_of', {}), dict): raise ParamsError(f"{where}: expected a block of keys, got {given!r}")
     for name, count in given.items():
         if name not in known: raise unknown_key(name, known, where)

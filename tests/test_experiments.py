@@ -170,6 +170,7 @@ def test_notes_stay_within_the_rules_of_a_table(rows):
 def test_small_numbers_have_digits_and_published_ones_keep_theirs():
     some = [row(m, f'c{i}', 'lse_c_variance', v) for m, v in (('a', .0076), ('b', .0044)) for i in range(2)]; table = metric_table(summarise(some))
     assert '0.00760' in table_markdown(table) and '**0.00440**' in table_markdown(table)
+    floor = metric_table(summarise([*some, *(row('static_frame', f'c{i}', 'lse_c_variance', .3) for i in range(2))])); assert '0.00760' in table_markdown(floor)
     table['lse_c_variance_reported'] = [.012, np.nan]; table['lse_c_variance_confirmed'] = [True, np.nan]; assert '| 0.012 |' in table_markdown(table)
 
 

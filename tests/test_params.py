@@ -36,7 +36,7 @@ def test_every_block_fills_its_dataclass(params, profile):
     typed(LandmarkParams, {**place, **block['landmarker']}); corpus_spec(block['corpus']['build'])
     typed(FeatureParams, {**place, **block['perceptual']})
     for name in block['evaluate']['metrics']: assert metric_info(name).name in CLIP_SCORES.keys() | SET_SCORES.keys()
-    for part in ('warm_ups', 'silencers', 'rivals', 'rows'):
+    for part in ('warm_ups', 'heads', 'silencers', 'rivals', 'rows'):
         for row in params[part].values():
             what, settings = row_settings(row, block['generator'], {}, **place)
             generator_class(what.generator['name'])
@@ -55,7 +55,7 @@ def test_what_rows_name_is_there(params):
     assert all(row['start'] == name for name, row in params['rivals'].items())
     for profile in params['profiles'].values():
         seeds = lambda name: profile['generator'].get('seeds_of', {}).get(name, profile['generator']['seeds'])
-        assert profile['generator'].get('seeds_of', {}).keys() <= {*params['warm_ups'], *params['silencers'], *params['rivals'], *params['rows']}
+        assert profile['generator'].get('seeds_of', {}).keys() <= {*params['warm_ups'], *params['heads'], *params['silencers'], *params['rivals'], *params['rows']}
         for name, row in (params['silencers'] | params['rivals'] | params['rows']).items():
             assert seeds(name) <= min(seeds(of) for of in (row['start'], row.get('silence')) if of), name
     for row in params['rows'].values():
@@ -95,7 +95,7 @@ def test_stages_see_the_ratings_that_studies_names(root, params):
 
 @pytest.mark.parametrize('profile', ['smoke', 'demo', 'medium', 'bench', 'paper'])
 def test_the_judge_trains_nothing(params, profile):
-    trainers = {row.get('expert') for part in ('rows', 'silencers', 'rivals', 'warm_ups') for row in params[part].values()}
+    trainers = {row.get('expert') for part in ('rows', 'silencers', 'rivals', 'warm_ups', 'heads') for row in params[part].values()}
     assert not trainers & {'judge', 'avhubert', 'avhubert_contrast'}
     readers = params['readers']; assert readers['avhubert_trainer']['start'] not in {readers[n]['start'] for n in ('avhubert', 'avhubert_contrast')}
     build_expert(params['profiles'][profile]['experts']['judge']['net'])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..core import CheckpointError, InputError, MissingWeights, ParamsError, file_hash, weights_folder
 from ..experts.checkpoints import KNOWN_FILES, recognise
 from .base import Generator, GeneratorBatch
-from ..layers import scaled
+from ..layers import power_of_two, scaled
 from ..losses.g4g import CROP
 from ..weights import load_weights, read_published, unwrapped
 
@@ -49,13 +49,11 @@ def deform_published(features: Tensor,      # (B, C, H, W)
         return F.grid_sample(features.unsqueeze(1), grid, align_corners=align_corners).squeeze(1)
 
 # %% ../../nbs/05_generators/07_dinet.ipynb #4576563c
-def _power(n: int) -> int: return 1 << (n - 1).bit_length()
-
 def deform_exact(features: Tensor,      # (B, C, H, W)
                  scale: Tensor, angle: Tensor, translation: Tensor   # as `sampling_grid`
                 ) -> Tensor:            # (B, C, H, W) float32
     "AdaAT with every channel sampled for itself; the identity gives back what it got, bit for bit."
-    height, width = features.shape[-2:]; tall, wide = _power(height), _power(width)
+    height, width = features.shape[-2:]; tall, wide = power_of_two(height), power_of_two(width)
     with torch.autocast(features.device.type, enabled=False):
         features, scale, angle, translation = (x.float() for x in (features, scale, angle, translation))
         x, y = (torch.arange(n, device=scale.device) - (n - 1)/2 for n in (width, height))   # px from the middle

@@ -46,7 +46,7 @@ def inner_features(generator,            # keeps the features of its last forwar
         if x.ndim != 2 or len(x) != windows*frames:
             raise InputError(f"{term}: generator.inner[{name!r}] must have a row for each of {windows*frames} frames, "
                              f"got {tuple(x.shape)}; call the loss on what the generator drew last")
-        found.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+        found.append(_at_least_float32(x))
     return found
 
 # %% ../../nbs/04_losses/05_g4g.ipynb #553f199c
@@ -210,7 +210,7 @@ class MouthPixelLoss(LossTerm):
             raise InputError(f"expected generated frames like the target {tuple(batch.target.shape)}, "
                              f"got {tuple(output.shape)}")
         with torch.autocast(output.device.type, enabled=False):
-            apart = (output.to(torch.promote_types(output.dtype, torch.float32)) - batch.target).abs().mean((0, 1, 2))
+            apart = (_at_least_float32(output) - batch.target).abs().mean((0, 1, 2))
             return (self.weights(apart)*apart).sum() + self.whole*apart.mean()
 
 # %% ../../nbs/04_losses/05_g4g.ipynb #26876b6f
