@@ -95,7 +95,7 @@ def diagonal_rise(before: np.ndarray, after: np.ndarray,   # (N,N) each, of the 
     return float(gain.mean()), *interval(sums[drawn].sum(1)/counts[drawn].sum(1))
 
 # %% ../nbs/11_alignment.ipynb #dedc1510
-def _three(value: float, sign: str = '') -> str: return f'{value:{sign}.3f}'.replace('-', '−')
+def _three(value: float, sign: str = '') -> str: return f'{value:{sign}z.3f}'.replace('-', '−')
 
 def _with_interval(mean: float, low: float, high: float) -> str: return f"{_three(mean, '+')} [{_three(low, '+')}, {_three(high, '+')}]"
 
