@@ -254,7 +254,7 @@ def _notes(table) -> list[str]:
         more = f'; and {len(short) - 6} more (CSV).' if len(short) > 6 else '.'
         if short: notes.append('Left out with a reason (the rows name it): ' + '; '.join(short[:6]) + more)
     if reported := [c.removesuffix('_reported') for c in table if c.endswith('_reported')]:
-        judged = any({'expert', 'lip_reader'} & set(metric_info(m).needs) for m in reported)
+        judged = any({'expert', 'lip_reader'} & set(metric_info(m).needs) for m in metric_columns(reported))
         notes.append(f"Reported: as published, on the data of the papers{', by another expert' if judged else ''}.")
     if any((table[c] == False).any() for c in table if c.endswith('_confirmed')):    # noqa: E712, the column may hold NaN
         notes.append('† found in notes on the paper only, not confirmed in its own text.')
